@@ -1,0 +1,383 @@
+"""Every option and its default, in typed dataclasses: preset < YAML file < command line.
+
+Nothing here imports torch, so that `--help` and a mistyped key answer at once.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from vae_scale.errors import UserError, one_line
+
+Preset = Literal["tiny", "small", "base", "large", "seed_notebook"]
+
+# One line per model. A preset only moves defaults: a YAML file and the command line are stronger.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"patch": 4, "width": 32, "multipliers": [1, 2], "blocks": 1, "latent_channels": 4},
+    "small": {"patch": 4, "width": 64, "multipliers": [1, 2, 4], "blocks": 1, "latent_channels": 16},
+    "base": {"patch": 2, "width": 128, "multipliers": [1, 2, 4], "blocks": 2, "latent_channels": 8, "attention": True},
+    "large": {"patch": 2, "width": 192, "multipliers": [1, 2, 4], "blocks": 3, "latent_channels": 8, "attention": True},
+    "seed_notebook": {"latent": "vector", "latent_channels": 10, "likelihood": "mse"},
+}
+
+
+@dataclass
+class VAEConfig:
+    """The network. `preset` fills in the others; each can be set on its own as well.
+
+    Attributes:
+        preset: Named size: tiny (tests), small (CPU), base, large, or the seed notebook's own network.
+        patch: Side of the square of pixels the first layer folds into channels (space to depth).
+        width: Channels at the finest level.
+        multipliers: Channels of each level as multiples of `width`; each level halves the one before.
+        blocks: Residual blocks per level in the encoder; the decoder has one more.
+        attention: Self-attention at the coarsest level.
+        latent: A map of latents (spatial), or one vector for the whole image (vector).
+        latent_channels: Channels of the latent map, or length of the latent vector.
+        likelihood: p(image | latent). mse and bce are the classic losses of a sigmoid output.
+        scale: Scale of gaussian and laplace: optimal (follows the error, sigma-VAE), learned, or a number in [-1, 1] units.
+    """
+
+    preset: Preset = "base"
+    patch: int = 2
+    width: int = 128
+    multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
+    blocks: int = 2
+    attention: bool = False
+    latent: Literal["spatial", "vector"] = "spatial"
+    latent_channels: int = 8
+    likelihood: Literal["gaussian", "laplace", "logistic_mixture", "mse", "bce"] = "gaussian"
+    scale: Literal["optimal", "learned"] | float = "optimal"
+
+    @property
+    def factor(self) -> int:
+        """Side of the image over side of the coarsest feature map (for spatial latents, the latent map): 'f'."""
+        return 4 if self.preset == "seed_notebook" else self.patch * 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass
+class DataConfig:
+    """Which shards are read and how.
+
+    Attributes:
+        shards: Folder that `python -m vae_scale.pack` wrote.
+        train: Splits to train on, separated by commas; those that the shards lack are left out with a note.
+        test: Split held out for evaluation. Never trained on.
+        window: Shards among which rows are shuffled together; null for all of them (for png, jpg, webp: 16).
+        prefetch: Batches gathered ahead of the trainer.
+        cache: Where images wait: host (mapped files) or device (the whole set in the accelerator's memory).
+        flip: Mirror a random half of the images.
+    """
+
+    shards: str = "data/stl10"
+    train: str = "train,unlabeled"
+    test: str = "test"
+    window: int | None = None
+    prefetch: int = 4
+    cache: Literal["host", "device"] = "host"
+    flip: bool = True
+
+    @property
+    def train_splits(self) -> list[str]:
+        """Names of the splits to train on."""
+        return [name.strip() for name in self.train.split(",") if name.strip()]
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss, in nats per image: -log p(image | latent) + beta KL. beta = 1 is the negative ELBO.
+
+    Attributes:
+        beta: Weight of the KL divergence, itself summed over the latents of an image.
+        beta_warmup: Images over which beta grows linearly from 0.
+        free_bits: Nats per latent channel and image below which the KL divergence is not pressed.
+    """
+
+    beta: float = 1.0
+    beta_warmup: int = 0
+    free_bits: float = 0.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW.
+
+    Attributes:
+        lr: Highest learning rate.
+        warmup: Images over which the learning rate grows linearly from 0.
+        schedule: cosine falls to a hundredth of `lr` by the last image; constant stays.
+        betas: Decay of the two moments.
+        weight_decay: Decoupled weight decay.
+        clip: Largest norm of the gradient of the loss per dimension; null leaves it alone.
+    """
+
+    lr: float = 5e-4
+    warmup: int = 20_000
+    schedule: Literal["cosine", "constant"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+        images: Images to train on in all, counting every repetition.
+        batch_size: Images per optimizer step, over all processes and accumulation steps together.
+        accumulation: Pieces in which each process takes its share of a batch, to save memory.
+        precision: auto is bf16 where the hardware has it, else fp32.
+        compile: torch.compile; auto is on for GPUs.
+        ema: Decay per step of the averaged weights that evaluation and sampling use.
+        log_every: Optimizer steps between two log lines.
+    """
+
+    images: int = 10_000_000
+    batch_size: int = 256
+    accumulation: int = 1
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    ema: float = 0.999
+    log_every: int = 50
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluation on held-out images during training.
+
+    Attributes:
+        every: Images between two evaluations (there is always one at the end).
+        images: Held-out images used, at most.
+        samples: Images in the grid of samples.
+    """
+
+    every: int = 500_000
+    images: int = 2_000
+    samples: int = 64
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept.
+
+    Attributes:
+        every: Images between two checkpoints (there is always one at the end).
+        keep: Newest checkpoints kept.
+    """
+
+    every: int = 500_000
+    keep: int = 3
+
+
+@dataclass
+class TrackConfig:
+    """Where curves and pictures go, besides the run's own folder.
+
+    Attributes:
+        tracker: wandb (offline where no key is found, never a prompt) or none.
+        project: wandb project.
+    """
+
+    tracker: Literal["wandb", "none"] = "wandb"
+    project: str = "vae_scale"
+
+
+@dataclass
+class Config:
+    """Options of training.
+
+    Attributes:
+        run: Folder of the run; null for runs/NAME with the name of the configuration file.
+        seed: Keys every random draw, together with the images seen and what the draw is for.
+        model: The network.
+        data: The images.
+        objective: The loss.
+        optimizer: AdamW and its schedule.
+        train: The loop.
+        evaluate: Evaluation on held-out images.
+        checkpoint: What is kept.
+        track: Curves and pictures.
+    """
+
+    run: str | None = None
+    seed: int = 0
+    model: VAEConfig = field(default_factory=VAEConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run or "runs/default")
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
+    """The configuration of a command line, and whether it asks for a dry run.
+
+    Raises:
+        UserError: naming the key that is unknown, of a wrong type or impossible.
+    """
+    parser = ArgumentParser(
+        prog="python -m vae_scale.train",
+        description="Train a VAE. To resume, run the same command again.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    parser.add_class_arguments(Config, None)
+    try:
+        parsed = parser.parse_args(argv)
+        # A preset moves the defaults, so it must be known before the options stronger than it are read.
+        parser.set_defaults({f"model.{key}": value for key, value in PRESETS[parsed.model.preset].items()})
+        parsed = parser.parse_args(argv)
+        settings = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise UserError(f"{_plain(one_line(error))}; see --help for the options") from None
+    values = {part.name: getattr(settings, part.name) for part in dataclasses.fields(Config)}
+    config = Config(**values)
+    if config.run is None and parsed.config:
+        config.run = f"runs/{Path(str(parsed.config[-1])).stem}"
+    check(config)
+    return config, bool(parsed.dry_run)
+
+
+def _plain(text: str) -> str:
+    """jsonargparse's message with the classes' names taken out."""
+    text = re.sub(r"<class '(\w+)'>", r"\1", text.replace("typing.Literal", "one of "))
+    return re.sub(r'^Parser key "([\w.]+)":', r"\1:", text)
+
+
+def check(config: Config) -> None:
+    """Refuses what cannot be trained.
+
+    Raises:
+        UserError: naming the key.
+    """
+    model, train = config.model, config.train
+    positive = {
+        "model.patch": model.patch,
+        "model.width": model.width,
+        "model.blocks": model.blocks,
+        "model.latent_channels": model.latent_channels,
+        "data.prefetch": config.data.prefetch,
+        "optimizer.lr": config.optimizer.lr,
+        "train.images": train.images,
+        "train.batch_size": train.batch_size,
+        "train.accumulation": train.accumulation,
+        "train.log_every": train.log_every,
+        "evaluate.every": config.evaluate.every,
+        "evaluate.images": config.evaluate.images,
+        "evaluate.samples": config.evaluate.samples,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for key, value in positive.items():
+        _require(value > 0, key, f"is {value}; it must be greater than 0")
+    not_negative = {
+        "seed": config.seed,
+        "objective.beta": config.objective.beta,
+        "objective.beta_warmup": config.objective.beta_warmup,
+        "objective.free_bits": config.objective.free_bits,
+        "optimizer.warmup": config.optimizer.warmup,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+    }
+    for key, value in not_negative.items():
+        _require(value >= 0, key, f"is {value}; it must not be negative")
+    _require(bool(model.multipliers) and min(model.multipliers) > 0, "model.multipliers", "must be numbers above 0")
+    _require(isinstance(model.scale, str) or model.scale > 0, "model.scale", "must be greater than 0")
+    _require(config.data.window is None or config.data.window > 0, "data.window", "must be greater than 0, or null")
+    _require(bool(config.data.train_splits), "data.train", "names no split")
+    clash = config.data.test in config.data.train_splits
+    _require(
+        not clash,
+        "data.test",
+        f"split '{config.data.test}' is also in data.train; held-out images are never trained on",
+    )
+    _require(0 <= train.ema < 1, "train.ema", f"is {train.ema}; it must be at least 0 and below 1")
+    _require(all(0 <= beta < 1 for beta in config.optimizer.betas), "optimizer.betas", "must be at least 0 and below 1")
+    clip = config.optimizer.clip
+    _require(clip is None or clip > 0, "optimizer.clip", f"is {clip}; it must be greater than 0, or null")
+    if model.preset == "seed_notebook":
+        classic = model.likelihood in ("mse", "bce") and model.latent == "vector"
+        _require(classic, "model.preset", "seed_notebook goes with latent vector and likelihood mse or bce")
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """Refuses a batch that `processes` processes cannot share evenly.
+
+    Raises:
+        UserError: naming the key.
+    """
+    train = config.train
+    pieces = processes * train.accumulation
+    parts = f"{processes} processes x train.accumulation {train.accumulation}"
+    text = f"is {train.batch_size}; it must be a multiple of {pieces} ({parts})"
+    _require(train.batch_size % pieces == 0, "train.batch_size", text)
+
+
+def check_resolution(config: VAEConfig, shape: tuple[int, int, int]) -> None:
+    """Refuses images [H, W, C] that the network cannot halve down to its coarsest level.
+
+    Raises:
+        UserError: naming the key.
+    """
+    height, width, channels = shape
+    size = f"the shards' images are {height}x{width}"
+    _require(height == width, "data.shards", f"{size}; they must be square")
+    _require(channels == 3, "data.shards", f"has {channels} channels; it must have 3")
+    text = (
+        f"{size}, not divisible by f = {config.factor} (model.patch x 2 per further level); "
+        "use other levels, or pack with another --resolution"
+    )
+    _require(height % config.factor == 0, "model.multipliers", text)
+
+
+def _require(holds: bool, key: str, text: str) -> None:
+    if not holds:
+        raise UserError(f"{key} {text}")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries and lists, as YAML and JSON know them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def as_yaml(config: Config) -> str:
+    """A configuration as a YAML file that `--config` reads."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)
+
+
+def model_from_dict(values: Any, name: str) -> VAEConfig:
+    """The network's configuration from a JSON file's content, checked as strictly as the command line.
+
+    Raises:
+        UserError: naming the file `name` and the key.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(VAEConfig, None)
+    try:
+        if not isinstance(values, dict):
+            raise UserError(f"{name}: the network's configuration is not an object")
+        config: VAEConfig = VAEConfig(**vars(parser.instantiate(parser.parse_object(values))))
+    except (ArgumentError, TypeError) as error:
+        raise UserError(f"{name}: {_plain(one_line(error))}") from None
+    check(Config(model=config))
+    return config

@@ -1,0 +1,1 @@
+"""Images as shards, shards as arrays, arrays as an endless stream of batches."""

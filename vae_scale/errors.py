@@ -1,0 +1,52 @@
+"""What a user can mend is said in one line."""
+
+import errno
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text names the file or option at fault, what is wrong and what to do."""
+
+
+def one_line(error: Exception) -> str:
+    """The text of `error` folded into a single line."""
+    return " ".join(str(error).split())
+
+
+class Command(Protocol):
+    """A verb's `main`."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> None:
+        """Runs the verb with the command line `argv`, by default the process's own."""
+
+
+def command(main: Command) -> Command:
+    """Makes a verb's `main` end as a command should.
+
+    A `UserError` or a full disk becomes one line on standard error and exit code 2; Ctrl-C becomes exit code 130.
+    Everything else is a bug of ours and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            sys.exit(_fail(one_line(error)))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+            sys.exit(_fail(f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another folder"))
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapped
+
+
+def _fail(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,1 @@
+"""The networks. They know no data and no trainer."""

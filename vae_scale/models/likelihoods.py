@@ -1,0 +1,172 @@
+"""p(image | latent), in nats.
+
+All work on images in [-1, 1] that hold 256 grey levels, and all but the Bernoulli likelihood count density per grey
+level (levels are one unit apart), so that nats and bits/dim of continuous and discrete likelihoods compare.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+LEVELS = 256
+LEVELS_PER_UNIT = (LEVELS - 1) / 2  # grey levels per unit of [-1, 1]
+
+
+class Likelihood(nn.Module):
+    """Turns the decoder's output into a distribution over images.
+
+    Attributes:
+        channels: Channels that the decoder has to give.
+        normalised: It is a density of images, so that bits/dim mean something.
+    """
+
+    channels: int = 3
+    normalised = True
+
+    def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
+        """log p(images | output) in nats per image: [b], from [b, channels, h, w] and images [b, 3, h, w] in [-1, 1]."""
+        raise TypeError("a likelihood must define log_prob")
+
+    def mean(self, output: Tensor) -> Tensor:
+        """The expected image, [b, 3, h, w] in [-1, 1]."""
+        return output.clamp(-1, 1)
+
+    def deviation(self, output: Tensor, images: Tensor) -> Tensor:
+        """What `follow` wants, averaged over the batch: a scalar, without gradient."""
+        return output.new_zeros(())
+
+    def follow(self, deviation: Tensor) -> None:
+        """Moves the scale towards its optimum; called after each step with the global batch's `deviation`."""
+
+
+class Scaled(Likelihood):
+    """Gaussian (power 2) or Laplace (power 1) with one scale for all pixels, in [-1, 1] units.
+
+    scale = optimal: the scale that maximises the likelihood is the mean deviation itself, so it follows that; the KL
+    divergence then needs no weight ("sigma-VAE", Rybkin et al., 2021, eq. 7, where the batch's own deviation is used;
+    here a running one, so that held-out images meet a density that does not depend on them).
+    """
+
+    log_scale: Tensor
+    follow_rate = 0.1
+
+    def __init__(self, power: Literal[1, 2], scale: str | float) -> None:
+        super().__init__()
+        self.power = power
+        self.optimal = scale == "optimal"
+        start = torch.tensor(math.log(0.5) if isinstance(scale, str) else math.log(scale))
+        if scale == "learned":
+            self.log_scale = nn.Parameter(start)
+        else:
+            self.register_buffer("log_scale", start)
+
+    def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
+        """See `Likelihood.log_prob`. Computed in fp32."""
+        error = (output.float() - images.float()).abs() * torch.exp(-self.log_scale)
+        # log of the density's normaliser: sqrt(2 pi) s for the Gaussian, 2 s for Laplace, in grey levels
+        unit = 0.5 * math.log(2 * math.pi) if self.power == 2 else math.log(2)
+        log_normaliser = unit + self.log_scale + math.log(LEVELS_PER_UNIT)
+        energy = 0.5 * error.square() if self.power == 2 else error
+        return -(energy + log_normaliser).flatten(1).sum(1)
+
+    def deviation(self, output: Tensor, images: Tensor) -> Tensor:
+        """Mean squared (Gaussian) or absolute (Laplace) error."""
+        error = (output.detach().float() - images.float()).abs()
+        return (error.square() if self.power == 2 else error).mean()
+
+    @torch.no_grad()
+    def follow(self, deviation: Tensor) -> None:
+        """Moves the logarithm of the scale a tenth of the way to the optimum."""
+        if self.optimal:
+            best = deviation.clamp(min=1e-8).log() / self.power
+            self.log_scale.lerp_(best, self.follow_rate)
+
+
+class Classic(Likelihood):
+    """The classic losses of a sigmoid output, summed over the image, with images in [0, 1].
+
+    mse is the density N(x; y, 1/2), whose negative logarithm is the squared error and a constant. bce is the
+    cross-entropy; it is a distribution only for black and white images, so its nats are no density of photographs.
+    """
+
+    def __init__(self, kind: Literal["mse", "bce"]) -> None:
+        super().__init__()
+        self.kind = kind
+        self.normalised = kind == "mse"
+
+    def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
+        """See `Likelihood.log_prob`. Computed in fp32."""
+        target = (images.float() + 1) / 2
+        if self.kind == "bce":
+            return -F.binary_cross_entropy_with_logits(output.float(), target, reduction="none").flatten(1).sum(1)
+        log_normaliser = 0.5 * math.log(math.pi) + math.log(LEVELS - 1)
+        return -((output.float().sigmoid() - target).square() + log_normaliser).flatten(1).sum(1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        """The expected image."""
+        return output.sigmoid() * 2 - 1
+
+
+class LogisticMixture(Likelihood):
+    """Discretised logistic mixture with linear dependence between colours (PixelCNN++, Salimans et al., 2017, eq. 2-3).
+
+    A probability of the 256^3 colours of each pixel, so its nats are a true code length.
+    """
+
+    components = 10
+
+    def __init__(self, levels: int = LEVELS) -> None:
+        super().__init__()
+        self.levels = levels
+        # per component: a weight; for each of three colours a mean and a log-scale; three coefficients between them
+        self.channels = self.components * 10
+
+    def _mixture(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights [b, k, h, w], and means, log-scales, coefficients [b, 3, k, h, w], in fp32."""
+        output = output.float()
+        weights, rest = output[:, : self.components], output[:, self.components :]
+        means, log_scales, coefficients = rearrange(rest, "b (n c k) h w -> n b c k h w", n=3, c=3)
+        return weights, means, log_scales.clamp(min=-7), coefficients.tanh()
+
+    def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
+        """See `Likelihood.log_prob`. Computed in fp32."""
+        weights, means, log_scales, coefficients = self._mixture(output)
+        x = rearrange(images.float(), "b c h w -> b c 1 h w")
+        red, green, _ = x.unbind(1)
+        shift_green = coefficients[:, 0] * red
+        shift_blue = coefficients[:, 1] * red + coefficients[:, 2] * green
+        means = means + torch.stack([torch.zeros_like(shift_green), shift_green, shift_blue], 1)
+        half = 1 / (self.levels - 1)
+        centred, inverse = x - means, torch.exp(-log_scales)
+        upper, lower = inverse * (centred + half), inverse * (centred - half)
+        middle = inverse * centred
+        inside = upper.sigmoid() - lower.sigmoid()
+        # Where the two sigmoids cannot be told apart in fp32, the density at the middle times the width.
+        density = middle - log_scales - 2 * F.softplus(middle) + math.log(2 * half)
+        log_inside = torch.where(inside > 1e-5, inside.clamp(min=1e-12).log(), density)
+        first, last = x < -1 + half, x > 1 - half
+        log_level = torch.where(first, F.logsigmoid(upper), torch.where(last, F.logsigmoid(-lower), log_inside))
+        log_pixel = torch.logsumexp(weights.log_softmax(1) + log_level.sum(1), 1)
+        return log_pixel.flatten(1).sum(1)
+
+    def mean(self, output: Tensor) -> Tensor:
+        """The mixture's mean, each colour given the means of those before it."""
+        weights, means, _, coefficients = self._mixture(output)
+        red = means[:, 0]
+        green = means[:, 1] + coefficients[:, 0] * red
+        blue = means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green
+        mixed = (weights.softmax(1)[:, None] * torch.stack([red, green, blue], 1)).sum(2)
+        return mixed.clamp(-1, 1)
+
+
+def make_likelihood(name: str, scale: str | float) -> Likelihood:
+    """The likelihood of a configuration: gaussian, laplace, logistic_mixture, mse or bce."""
+    if name in ("gaussian", "laplace"):
+        return Scaled(2 if name == "gaussian" else 1, scale)
+    if name == "logistic_mixture":
+        return LogisticMixture()
+    return Classic("mse" if name == "mse" else "bce")

@@ -1,0 +1,52 @@
+"""`accelerate launch -m vae_scale.train --config configs/F.yaml`: trains a VAE, or goes on training it."""
+
+from collections.abc import Sequence
+
+from vae_scale.config import Config, as_yaml, check_processes, check_resolution, parse
+from vae_scale.errors import command
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. `argv` is the command line, by default the process's own."""
+    config, dry_run = parse(argv)
+    if dry_run:
+        _describe(config)
+        return
+    from vae_scale.training.trainer import train
+
+    train(config)
+
+
+def _describe(config: Config) -> None:
+    """Prints what training would do, without doing it."""
+    import os
+
+    import torch
+
+    from vae_scale.data.shards import ShardSet
+    from vae_scale.models.vae import build
+    from vae_scale.training.launching import resolve_precision
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    check_processes(config, processes)
+    shards = ShardSet.open(config.data.shards)
+    check_resolution(config.model, shards.image_shape)
+    images = len(shards.select(*config.data.train_splits))
+    held_out = len(shards.select(config.data.test))
+    with torch.device("meta"):
+        model = build(config.model, shards.image_shape[0])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    batch = config.train.batch_size
+    print(as_yaml(config))
+    print(f"model        {type(model).__name__}, {parameters:,} parameters, latent {'x'.join(map(str, model.latent_shape))}")
+    # weights, gradients, two moments and the average, all in fp32
+    print(f"memory       {5 * 4 * parameters / 2**20:,.0f} MiB per process for weights and optimizer, besides activations")
+    print(f"images       {images:,} to train on, {held_out:,} held out")
+    print(f"steps        {images / batch:,.1f} per epoch, {-(-config.train.images // batch):,} in all, {batch} images each")
+    print(f"processes    {processes}, precision {resolve_precision(config.train.precision)}")
+    print(f"run          {config.folder.resolve()}: config.yaml, checkpoints/, samples/, metrics.jsonl")
+
+
+if __name__ == "__main__":
+    main()

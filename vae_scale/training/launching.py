@@ -1,0 +1,86 @@
+"""How this process was started: devices, precision, and a check that the launcher did what it was asked."""
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from vae_scale.config import TrainConfig
+from vae_scale.errors import UserError
+
+
+def start(config: TrainConfig) -> Accelerator:
+    """The process group, device and precision of this run.
+
+    Raises:
+        UserError: the launcher was asked for more processes than it made, or the hardware lacks the precision.
+    """
+    gpu = torch.cuda.is_available()
+    if config.precision == "fp16" and not gpu:
+        raise UserError("train.precision fp16 needs a GPU; use bf16 or fp32")
+    precision = resolve_precision(config.precision)
+    if config.precision in ("auto", "tf32"):
+        torch.set_float32_matmul_precision("high")
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
+    mixed = precision if precision in ("bf16", "fp16") else "no"
+    accelerator = Accelerator(cpu=not gpu, mixed_precision=mixed, kwargs_handlers=[ddp])
+    expected = max(int(os.environ.get("WORLD_SIZE", 1)), asked_of_launcher())
+    if accelerator.num_processes != expected:
+        raise UserError(
+            f"accelerate launch was asked for {expected} processes but this is one of {accelerator.num_processes}; on "
+            "CPUs use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_machines 1 --num_processes "
+            f"{expected}` (--cpu silently starts a single process)"
+        )
+    return accelerator
+
+
+def resolve_precision(wanted: str) -> str:
+    """The precision that `auto` stands for on this machine: bf16 where the hardware multiplies it, else fp32.
+
+    CPUs without bf16 instructions emulate them, ten times slower than fp32.
+    """
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bf16" if any(getattr(torch.cpu, check, lambda: False)() for check in checks) else "fp32"
+
+
+def asked_of_launcher() -> int:
+    """Processes that the `accelerate launch` above this process was asked for; 1 where there is none.
+
+    Without a GPU it can drop the number without a word, and nothing in the environment tells.
+    """
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return 1
+    if not any(Path(word).name in ("accelerate", "accelerate-launch") or word.startswith("accelerate.") for word in words):
+        return 1
+    options = _options(words)
+    if "num_processes" in options:
+        return int(options["num_processes"])
+    if "config_file" in options:
+        try:
+            content = yaml.safe_load(Path(options["config_file"]).read_text())
+            return int(content.get("num_processes", 1))
+        except (OSError, yaml.YAMLError, AttributeError, ValueError):
+            return 1
+    return 1
+
+
+def _options(words: list[str]) -> dict[str, str]:
+    """The launcher's own options, as far as they stand before the program it launches."""
+    options: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in ("-m", "--module"):
+            break
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            options[name.replace("-", "_")] = value or following
+    return options

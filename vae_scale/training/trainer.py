@@ -1,0 +1,327 @@
+"""The training loop."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from vae_scale import __version__
+from vae_scale.config import Config, as_dict, as_yaml, check_processes, check_resolution
+from vae_scale.data.shards import ShardSet
+from vae_scale.data.stream import Batch, Reader, Stream
+from vae_scale.errors import UserError
+from vae_scale.models.vae import VAE, build
+from vae_scale.randomness import generator, key
+from vae_scale.training import checkpoint, launching, pictures
+from vae_scale.training.ema import EMA
+from vae_scale.training.evaluation import evaluate, read_images
+from vae_scale.training.objective import Objective, bits_per_dim, to_model
+from vae_scale.training.schedules import kl_weight, learning_rate
+from vae_scale.training.tracking import Tracker
+
+PICTURED = 32  # held-out images shown beside their reconstructions
+
+
+class Trainer:
+    """Trains one VAE. Everything it does follows from the configuration and the number of images seen.
+
+    Attributes:
+        images_seen: Progress, in images, over all processes.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.accelerator: Accelerator = launching.start(config.train)
+        self.device: torch.device = self.accelerator.device
+        self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
+        check_processes(config, self.ranks)
+        shards = ShardSet.open(config.data.shards)
+        check_resolution(config.model, shards.image_shape)
+        self.train_set = shards.select(*config.data.train_splits)
+        self.test_set = shards.select(config.data.test)
+
+        torch.manual_seed(key(config.seed, "weights"))
+        self.model = build(config.model, shards.image_shape[0]).to(self.device).to(memory_format=torch.channels_last)
+        self.ema = EMA(self.model, config.train.ema)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        self.images_seen = 0
+        wandb_id = self._resume()
+        self.objective, self.stepper = self.accelerator.prepare(
+            Objective(self.model, config.objective.free_bits), self.optimizer
+        )
+        self.forward = self._compiled(self.objective)
+        self.stream = Stream(
+            self.train_set,
+            config.train.batch_size,
+            config.seed,
+            self.rank,
+            self.ranks,
+            self.device,
+            self.images_seen,
+            config.data.window,
+            config.data.prefetch,
+            config.data.cache,
+        )
+        if self.accelerator.is_main_process:
+            config.folder.mkdir(parents=True, exist_ok=True)
+            (config.folder / "config.yaml").write_text(as_yaml(config))
+        self.writer = checkpoint.Writer(config.folder, config.checkpoint.keep)
+        self.tracker = Tracker(config, self.images_seen, wandb_id) if self.accelerator.is_main_process else None
+        self.sums = torch.zeros(5, device=self.device)
+
+    def run(self) -> None:
+        """Trains until `train.images` images were seen."""
+        config = self.config
+        if self.images_seen >= config.train.images:
+            self._say(f"{config.folder} has seen {self.images_seen:,} images already; raise train.images to go on")
+        with self._progress() as bar:
+            self._begin_interval()
+            for batch in self._batches():
+                self._step(batch)
+                seen_before, self.images_seen = self.images_seen, self.images_seen + config.train.batch_size
+                bar.update(config.train.batch_size)
+                done = self.images_seen >= config.train.images
+
+                def due(every: int, before: int = seen_before, done: bool = done) -> bool:
+                    return done or before // every < self.images_seen // every
+
+                if due(config.train.log_every * config.train.batch_size):
+                    self._log(bar)
+                if due(config.evaluate.every):
+                    self._evaluate(bar)
+                if due(config.checkpoint.every):
+                    self._save()
+            self.writer.wait()
+        if self.tracker:
+            self.tracker.close()
+        self.accelerator.end_training()
+
+    def _batches(self) -> Iterator[Batch]:
+        if self.images_seen >= self.config.train.images:
+            return
+        for batch in self.stream:
+            yield batch
+            if self.images_seen >= self.config.train.images:
+                return
+
+    def _step(self, batch: Batch) -> None:
+        """One optimizer step on a global batch, of which this process has its share, in pieces."""
+        config = self.config
+        lr = learning_rate(config.optimizer, self.images_seen, config.train.images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        beta = torch.tensor(kl_weight(config.objective, self.images_seen), device=self.device)
+        noise, flips = self._draws()
+        pieces = config.train.accumulation
+        size = len(batch.images) // pieces
+        measured = torch.zeros(4, device=self.device)
+        for piece in range(pieces):
+            part = slice(piece * size, (piece + 1) * size)
+            last = piece == pieces - 1
+            # Gradients of all processes are averaged with the last piece only.
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
+                loss, values = self.forward(batch.images[part], flips[part], noise[part], beta)
+                self.accelerator.backward(loss / pieces)
+            measured += values / pieces
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or float("inf"))
+        self.stepper.step()
+        self.stepper.zero_grad(set_to_none=True)
+        measured = self.accelerator.reduce(measured, "mean")
+        self.model.likelihood.follow(measured[3])
+        self.ema.update(self.images_seen // config.train.batch_size + 1)
+        self.sums += torch.cat([measured, norm.reshape(1)])
+
+    def _draws(self) -> tuple[Tensor, Tensor]:
+        """This process's share of the global batch's noise and flips, so that any number of processes draws the same."""
+        config = self.config
+        batch, share = config.train.batch_size, config.train.batch_size // self.ranks
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        source = generator(self.device, config.seed, self.images_seen, "posterior")
+        noise = torch.randn((batch, *self.model.latent_shape), generator=source, device=self.device)[mine]
+        if not config.data.flip:
+            return noise, torch.zeros(share, dtype=torch.bool, device=self.device)
+        source = generator(self.device, config.seed, self.images_seen, "flip")
+        return noise, torch.rand(batch, generator=source, device=self.device)[mine] < 0.5
+
+    def _begin_interval(self) -> None:
+        self.sums.zero_()
+        self.stream.wait_seconds = 0.0
+        self.interval = (time.perf_counter(), self.images_seen)
+
+    def _log(self, bar: "tqdm[Any]") -> None:
+        """Means over the steps since the last call. The only place where the loop waits for the device."""
+        began, seen = self.interval
+        steps = (self.images_seen - seen) // self.config.train.batch_size
+        loss, reconstruction, kl, _, norm = (self.sums / steps).tolist()
+        seconds = time.perf_counter() - began
+        if not loss - loss == 0:
+            raise UserError(
+                f"the loss became {loss} by image {self.images_seen:,}; lower optimizer.lr or optimizer.clip, or use "
+                "train.precision fp32, and run again: training goes on from the last checkpoint"
+            )
+        config, speed = self.config, (self.images_seen - seen) / seconds
+        values = {
+            "train/loss": loss,
+            "train/nats": reconstruction + kl,
+            "train/reconstruction_nats": reconstruction,
+            "train/kl_nats": kl,
+            "train/beta": kl_weight(config.objective, self.images_seen),
+            "train/lr": learning_rate(config.optimizer, self.images_seen, config.train.images),
+            "train/grad_norm": norm,
+            "train/epoch": self.images_seen / len(self.train_set),
+            "speed/images_per_second": speed,
+            "data/wait_share": self.stream.wait_seconds / seconds,
+            "speed/memory_bytes": _memory(self.device),
+        }
+        shown = f"loss {loss:,.0f} nats"
+        if self.model.likelihood.normalised:
+            values["train/bits_per_dim"] = bits_per_dim(reconstruction + kl, self.model.dimensions)
+            shown = f"{values['train/bits_per_dim']:.3f} bits/dim"
+        bar.set_postfix_str(f"{shown}, {speed:,.0f} images/s, waits {values['data/wait_share']:.1%}")
+        if self.tracker:
+            self.tracker.log(self.images_seen, values)
+        self._begin_interval()
+
+    def _evaluate(self, bar: "tqdm[Any]") -> None:
+        """Measures the averaged model on held-out images, and draws what it reconstructs and what it samples."""
+        config, model = self.config, self.ema.model
+        share = config.train.batch_size // self.ranks // config.train.accumulation
+        with self.accelerator.autocast():
+            found = evaluate(
+                model,
+                self.test_set,
+                config.evaluate.images,
+                share,
+                config.seed,
+                self.device,
+                self.rank,
+                self.ranks,
+                lambda sums: self.accelerator.reduce(sums, "sum"),
+            )
+        if self.tracker:
+            self.tracker.log(self.images_seen, {f"eval/{name}": value for name, value in found.items()})
+            told = ", ".join(f"{name} {value:,.3f}" for name, value in found.items())
+            bar.write(f"{self.images_seen:,} images: held-out {told}", file=sys.stderr)
+            self._draw(self.tracker)
+        self._begin_interval()
+
+    def _draw(self, tracker: Tracker) -> None:
+        folder, model = self.config.folder / "samples", self.ema.model
+        rows = range(min(PICTURED, len(self.test_set)))
+        originals = to_model(read_images(Reader(self.test_set, keep=1), rows).to(self.device))
+        with torch.no_grad():
+            reconstructions = model.reconstruct(originals)
+        drawn = {
+            "samples": (model.sample(self.config.evaluate.samples, self.config.seed), None),
+            "reconstructions": (pictures.side_by_side(originals, reconstructions), 8),
+        }
+        for name, (images, columns) in drawn.items():
+            path = folder / f"{name}_{self.images_seen:09d}.png"
+            pictures.save_grid(images, path, columns)
+            tracker.picture(self.images_seen, f"samples/{name}", path)
+
+    def _save(self) -> None:
+        """Hands a checkpoint to the writer, once all processes are found to hold the same weights."""
+        fingerprints = self.accelerator.gather(_fingerprint(self.model)[None])
+        if not bool((fingerprints == fingerprints[0]).all()):
+            raise RuntimeError(f"processes differ in their weights after {self.images_seen} images: {fingerprints.tolist()}")
+        if not self.tracker:
+            return
+        optimizer = {
+            f"{part}.{name}": value
+            for name, parameter in self.model.named_parameters()
+            for part, value in self.optimizer.state[parameter].items()
+        }
+        scaler = self.accelerator.scaler
+        state = {
+            "images_seen": self.images_seen,
+            "processes": self.ranks,
+            "weights": fingerprints.tolist(),
+            "wandb_id": self.tracker.wandb_id,
+            "scaler": scaler.state_dict() if scaler else None,
+            "shards": self.train_set.fingerprint,
+            "config": as_dict(self.config),
+            "versions": {"vae_scale": __version__, "torch": torch.__version__},
+        }
+        tensors = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": optimizer}
+        self.writer.save(self.images_seen, tensors, state, self.model.describe())
+
+    def _resume(self) -> str | None:
+        """Goes on from the newest whole checkpoint, if there is one; returns its wandb run's id."""
+        folder = checkpoint.newest(self.config.folder)
+        if folder is None:
+            return None
+        state, tensors = checkpoint.load(folder, "model", "ema", "optimizer")
+        was = state["config"]["model"]
+        different = sorted(name for name, value in as_dict(self.config.model).items() if was.get(name) != value)
+        if different:
+            raise UserError(f"{folder}: was trained with other model.{', model.'.join(different)}; choose another --run")
+        if state["shards"] != self.train_set.fingerprint:
+            raise UserError(f"{folder}: was trained on other shards than {self.config.data.shards}; choose another --run")
+        self.model.load_state_dict(tensors["model"])
+        self.ema.model.load_state_dict(tensors["ema"])
+        for name, parameter in self.model.named_parameters():
+            for part in ("step", "exp_avg", "exp_avg_sq"):
+                saved = tensors["optimizer"][f"{part}.{name}"]
+                like = parameter.detach() if saved.ndim else torch.zeros((), device=self.device)
+                self.optimizer.state[parameter][part] = torch.empty_like(like).copy_(saved)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.images_seen = int(state["images_seen"])
+        self._say(f"resuming {self.config.folder} at {self.images_seen:,} images")
+        return state["wandb_id"]
+
+    def _compiled(self, objective: Any) -> Any:
+        wanted = self.config.train.compile
+        on = wanted == "on" or (wanted == "auto" and self.device.type == "cuda")
+        if not on:
+            return objective
+        self._say("compiling; the first step takes a minute or two")
+        return torch.compile(objective)
+
+    def _progress(self) -> "tqdm[Any]":
+        return tqdm(
+            total=self.config.train.images,
+            initial=self.images_seen,
+            unit=" images",
+            unit_scale=True,
+            desc=str(self.config.folder),
+            disable=not self.accelerator.is_main_process,
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+            dynamic_ncols=True,
+        )
+
+    def _say(self, text: str) -> None:
+        self.accelerator.print(text, flush=True)
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return float(psutil.Process().memory_info().rss)
+
+
+@torch.no_grad()
+def _fingerprint(model: VAE) -> Tensor:
+    """A number that differs wherever a single bit of the weights does, in practice: int64 scalar."""
+    sums = [(part.contiguous().view(torch.int32).long() * 1_000_003).sum() for part in model.parameters()]
+    places = torch.arange(1, len(sums) + 1, device=sums[0].device)
+    return (torch.stack(sums) * places).sum()
+
+
+def train(config: Config) -> None:
+    """Trains as configured, in the run's folder; goes on where an earlier call stopped."""
+    Trainer(config).run()
