@@ -156,11 +156,13 @@ class EvaluateConfig:
         every: Images between two evaluations (there is always one at the end).
         images: Held-out images used, at most.
         samples: Images in the grid of samples.
+        latents: Training images whose latents the learned prior is fitted to, at most.
     """
 
     every: int = 500_000
     images: int = 2_000
     samples: int = 64
+    latents: int = 10_000
 
 
 @dataclass
@@ -239,6 +241,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     parser.add_class_arguments(Config, None)
     try:
         parsed = parser.parse_args(argv)
+        for part in dataclasses.fields(Config):
+            if dataclasses.is_dataclass(part.type) and isinstance(parsed[part.name], (int, float, str, list)):
+                raise UserError(f"{part.name} is {parsed[part.name]!r}; it is a section, with keys below it")
         # A preset moves the defaults, so it must be known before the options stronger than it are read.
         parser.set_defaults({f"model.{key}": value for key, value in PRESETS[parsed.model.preset].items()})
         parsed = parser.parse_args(argv)
@@ -280,6 +285,7 @@ def check(config: Config) -> None:
         "evaluate.every": config.evaluate.every,
         "evaluate.images": config.evaluate.images,
         "evaluate.samples": config.evaluate.samples,
+        "evaluate.latents": config.evaluate.latents,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
     }

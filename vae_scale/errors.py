@@ -37,7 +37,7 @@ def command(main: Command) -> Command:
         except UserError as error:
             sys.exit(_fail(one_line(error)))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM):
                 raise
             sys.exit(_fail(f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another folder"))
         except KeyboardInterrupt:

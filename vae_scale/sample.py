@@ -25,6 +25,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num", type=int, default=64, metavar="N", help="images (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="scale of the latents (default: 1)")
+    parser.add_argument(
+        "--prior", choices=["auto", "normal", "gmm"], default="auto", help="auto (default): the best the model has"
+    )
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
     parser.add_argument("--save-images", type=Path, metavar="DIR", help="write each image as a file of its own, too")
     what = parser.add_mutually_exclusive_group()
@@ -64,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         images, columns = _interpolations(model, args), args.num
         told = "interpolations between samples"
     else:
-        images = model.sample(args.num, args.seed, args.temperature, args.batch_size)
-        told = f"samples of the N(0, I) prior at temperature {args.temperature:g}"
+        images = model.sample(args.num, args.seed, args.temperature, args.batch_size, args.prior)
+        told = f"samples at temperature {args.temperature:g} from the prior {model.name_prior(args.prior)}"
     pictures.save_grid(images, args.out, columns)
     if args.save_images:
         args.save_images.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ def _interpolations(model: "VAE", args: argparse.Namespace) -> "Tensor":
 
     from vae_scale.models.vae import slerp
 
-    latents = model.draw_latents(2 * ROWS, args.seed, args.temperature)
+    latents = model.draw_latents(2 * ROWS, args.seed, args.temperature, args.prior)
     ways = torch.linspace(0, 1, args.num)
     path = torch.stack(
         [slerp(first, last, float(way)) for first, last in zip(*latents.split(ROWS), strict=True) for way in ways]

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +27,12 @@ from vae_scale.models.blocks import (
     space_to_depth,
 )
 from vae_scale.models.likelihoods import make_likelihood
+from vae_scale.models.prior import GaussianMixture
 from vae_scale.randomness import noise_of_each
 
 SOFT_CLAMP = 5.0  # bound of log sigma, reached smoothly (NVAE, Vahdat & Kautz, 2020)
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, MIXTURE = "model.safetensors", "config.json", "mixture.safetensors"
+Prior = Literal["auto", "normal", "gmm"]
 
 
 @dataclass
@@ -84,6 +86,10 @@ class VAE(nn.Module):
         latent_shape: (c, h, w).
         encoder: Image to the mean and log sigma of its latent, stacked: [b, 2c, h, w].
         decoder: Latent to the likelihood's parameters.
+
+    Attributes:
+        likelihood: p(image | latent).
+        mixture: The learned prior, once one was fitted.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class VAE(nn.Module):
         self.config, self.resolution, self.latent_shape = config, resolution, latent_shape
         self.encoder, self.decoder = encoder, decoder
         self.likelihood = make_likelihood(config.likelihood, config.scale)
+        self.mixture: GaussianMixture | None = None
 
     @property
     def dimensions(self) -> int:
@@ -123,9 +130,23 @@ class VAE(nn.Module):
         output = self.decoder(posterior.sample(noise))
         return Terms(self.likelihood.log_prob(output, images), posterior.kl(), output)
 
-    def draw_latents(self, num: int, seed: int = 0, temperature: float = 1.0) -> Tensor:
-        """Latents of the prior, on the CPU: [num, *latent_shape]. The i-th depends on `seed` and i alone."""
-        return temperature * noise_of_each(range(num), self.latent_shape, seed, "sample")
+    def draw_latents(self, num: int, seed: int = 0, temperature: float = 1.0, prior: Prior = "auto") -> Tensor:
+        """Latents of a prior, on the CPU: [num, *latent_shape]. The i-th depends on `seed` and i alone.
+
+        Raises:
+            UserError: there is no such prior.
+        """
+        if prior == "gmm" and self.mixture is None:
+            raise UserError("prior gmm: this model has none; use prior normal")
+        if prior == "normal" or self.mixture is None:
+            return temperature * noise_of_each(range(num), self.latent_shape, seed, "sample")
+        return self.mixture.draw(num, seed, temperature).reshape(num, *self.latent_shape)
+
+    def name_prior(self, prior: Prior = "auto") -> str:
+        """What `draw_latents` draws from."""
+        if prior == "normal" or self.mixture is None:
+            return "N(0, I)"
+        return f"mixture of {len(self.mixture.weights)} Gaussians"
 
     @torch.inference_mode()
     def decode_all(self, latents: Tensor, batch_size: int = 64) -> Tensor:
@@ -133,7 +154,7 @@ class VAE(nn.Module):
         device = next(self.parameters()).device
         return torch.cat([self.decode(part.to(device)).float().cpu() for part in latents.split(batch_size)])
 
-    def sample(self, num: int, seed: int = 0, temperature: float = 1.0, batch_size: int = 64) -> Tensor:
+    def sample(self, num: int, seed: int = 0, temperature: float = 1.0, batch_size: int = 64, prior: Prior = "auto") -> Tensor:
         """New images, on the CPU: [num, 3, side, side].
 
         Args:
@@ -141,15 +162,18 @@ class VAE(nn.Module):
             seed: Image i depends on it and on i alone, not on `num` or `batch_size`.
             temperature: Scale of the latents; below 1 gives more typical images.
             batch_size: Images decoded at a time.
+            prior: normal for N(0, I), gmm for the mixture, auto for the best that the model has.
         """
-        return self.decode_all(self.draw_latents(num, seed, temperature), batch_size)
+        return self.decode_all(self.draw_latents(num, seed, temperature, prior), batch_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json` and `model.safetensors` into `folder`, which `from_pretrained` reads."""
+        """Writes `config.json`, `model.safetensors` and the prior into `folder`, which `from_pretrained` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(self.describe(), indent=2))
+        if self.mixture:
+            save_file(vars(self.mixture), folder / MIXTURE)
 
     def describe(self) -> dict[str, object]:
         """What `config.json` holds."""
@@ -180,7 +204,7 @@ class VAE(nn.Module):
         folder = Path(name)
         if not folder.is_dir():
             try:
-                folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, weights]))
+                folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, weights, MIXTURE]))
             except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
                 raise UserError(f"{name}: neither a folder nor a model on the Hub ({type(error).__name__})") from None
         try:
@@ -189,6 +213,8 @@ class VAE(nn.Module):
             model = build(config, int(description["resolution"]))
             state = load_file(folder / weights)
             model.load_state_dict(state)
+            if (folder / MIXTURE).is_file():
+                model.mixture = GaussianMixture(**load_file(folder / MIXTURE))
         except FileNotFoundError as error:
             raise UserError(f"{error.filename or folder / weights}: missing; give the folder of a model") from None
         except (KeyError, TypeError, ValueError, SafetensorError, RuntimeError) as error:

@@ -1,6 +1,8 @@
-"""How well a model describes images it was not trained on."""
+"""How well a model describes images it was not trained on, and where the latents of images lie."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,9 +11,30 @@ from torch import Tensor
 from vae_scale.data.plan import evaluation_rows
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.stream import Reader
+from vae_scale.models.prior import LARGEST, GaussianMixture
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import noise_of_each
 from vae_scale.training.objective import bits_per_dim, to_model
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share the work; by default it is alone.
+
+    Attributes:
+        rank: This process.
+        ranks: All processes.
+        add_up: Adds a tensor up over all processes.
+        gather: Brings the rows of all processes together, one process after the other.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    add_up: Callable[[Tensor], Tensor] = lambda sums: sums
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows
+
+
+ALONE = Processes()
 
 
 def read_images(reader: Reader, rows: range) -> Tensor:
@@ -22,16 +45,54 @@ def read_images(reader: Reader, rows: range) -> Tensor:
 
 
 @torch.no_grad()
+def fit_prior(
+    model: VAE,
+    shards: ShardSet,
+    images: int,
+    batch: int,
+    seed: int,
+    processes: Processes = ALONE,
+) -> GaussianMixture | None:
+    """The learned prior of a model: a mixture over the latents of `images` images spread evenly over a set.
+
+    Args:
+        model: In evaluation mode.
+        shards: The images it was trained on.
+        images: How many, at most.
+        batch: Images at a time and rank.
+        seed: Keys the fit.
+        processes: Those that share the work. Rank 0 alone fits the mixture.
+
+    Returns:
+        The mixture; None on other ranks, and where latents are too long for one.
+    """
+    if math.prod(model.latent_shape) > LARGEST:
+        return None
+    images, device = min(images, len(shards)), next(model.parameters()).device
+    chosen = np.linspace(0, len(shards) - 1, images).astype(np.int64)
+    reader = Reader(shards, keep=1)
+    buffer = np.empty((batch, *shards.image_shape), np.uint8)
+    found = []
+    for rows, weights in evaluation_rows(images, batch, processes.rank, processes.ranks):
+        reader.gather(chosen[rows], buffer)
+        posterior = model.encode(to_model(torch.from_numpy(buffer).to(device)))
+        latents = torch.stack([posterior.mean, posterior.log_sigma.exp()], 1).flatten(2)
+        counted = processes.gather(torch.from_numpy(weights).to(device)) > 0
+        found.append(processes.gather(latents)[counted])
+    if processes.rank:
+        return None
+    mean, sigma = torch.cat(found).unbind(1)
+    return GaussianMixture.fit(mean, sigma, seed)
+
+
+@torch.no_grad()
 def evaluate(
     model: VAE,
     shards: ShardSet,
     images: int,
     batch: int,
     seed: int,
-    device: torch.device,
-    rank: int = 0,
-    ranks: int = 1,
-    add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """The ELBO of the first `images` of a set, each counted once whatever the batch and the number of ranks.
 
@@ -41,20 +102,17 @@ def evaluate(
         images: How many, at most.
         batch: Images at a time and rank.
         seed: Keys the noise of each image.
-        device: Of the model.
-        rank: This process.
-        ranks: All processes.
-        add_up: Adds a tensor up over the processes.
+        processes: Those that share the work.
 
     Returns:
         Means over images: `nats` (the negative ELBO), its terms `reconstruction_nats` and `kl_nats`, `psnr_db` of the
         reconstruction from one latent, and `bits_per_dim` where the likelihood is a density of images.
     """
-    images = min(images, len(shards))
+    images, device = min(images, len(shards)), next(model.parameters()).device
     reader = Reader(shards, keep=1)
     buffer = np.empty((batch, *shards.image_shape), np.uint8)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for rows, weights in evaluation_rows(images, batch, rank, ranks):
+    for rows, weights in evaluation_rows(images, batch, processes.rank, processes.ranks):
         reader.gather(rows, buffer)
         x = to_model(torch.from_numpy(buffer).to(device))
         noise = noise_of_each(range(int(rows[0]), int(rows[0]) + batch), model.latent_shape, seed, "evaluation")
@@ -63,7 +121,7 @@ def evaluate(
         psnr = -10 * (error / 4).clamp(min=1e-10).log10()
         each = torch.stack([-terms.log_prob, terms.kl.sum(1), psnr]).double()
         sums += (each * torch.from_numpy(weights).to(device)).sum(1)
-    reconstruction, kl, psnr_db = (add_up(sums) / images).tolist()
+    reconstruction, kl, psnr_db = (processes.add_up(sums) / images).tolist()
     nats = reconstruction + kl
     found = {"nats": nats, "reconstruction_nats": reconstruction, "kl_nats": kl, "psnr_db": psnr_db}
     if model.likelihood.normalised:

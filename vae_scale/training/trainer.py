@@ -21,7 +21,7 @@ from vae_scale.models.vae import VAE, build
 from vae_scale.randomness import generator, key
 from vae_scale.training import checkpoint, launching, pictures
 from vae_scale.training.ema import EMA
-from vae_scale.training.evaluation import evaluate, read_images
+from vae_scale.training.evaluation import Processes, evaluate, fit_prior, read_images
 from vae_scale.training.objective import Objective, bits_per_dim, to_model
 from vae_scale.training.schedules import kl_weight, learning_rate
 from vae_scale.training.tracking import Tracker
@@ -80,7 +80,11 @@ class Trainer:
             (config.folder / "config.yaml").write_text(as_yaml(config))
         self.writer = checkpoint.Writer(config.folder, config.checkpoint.keep)
         self.tracker = Tracker(config, self.images_seen, wandb_id) if self.accelerator.is_main_process else None
+        self.processes = Processes(
+            self.rank, self.ranks, lambda sums: self.accelerator.reduce(sums, "sum"), self.accelerator.gather
+        )
         self.sums = torch.zeros(5, device=self.device)
+        self.fitted_at = -1
 
     def run(self) -> None:
         """Trains until `train.images` images were seen."""
@@ -196,21 +200,13 @@ class Trainer:
         self._begin_interval()
 
     def _evaluate(self, bar: "tqdm[Any]") -> None:
-        """Measures the averaged model on held-out images, and draws what it reconstructs and what it samples."""
+        """Measures the averaged model on held-out images, fits its prior, and draws reconstructions and samples."""
         config, model = self.config, self.ema.model
         share = config.train.batch_size // self.ranks // config.train.accumulation
         with self.accelerator.autocast():
-            found = evaluate(
-                model,
-                self.test_set,
-                config.evaluate.images,
-                share,
-                config.seed,
-                self.device,
-                self.rank,
-                self.ranks,
-                lambda sums: self.accelerator.reduce(sums, "sum"),
-            )
+            found = evaluate(model, self.test_set, config.evaluate.images, share, config.seed, self.processes)
+            model.mixture = fit_prior(model, self.train_set, config.evaluate.latents, share, config.seed, self.processes)
+        self.fitted_at = self.images_seen
         if self.tracker:
             self.tracker.log(self.images_seen, {f"eval/{name}": value for name, value in found.items()})
             told = ", ".join(f"{name} {value:,.3f}" for name, value in found.items())
@@ -257,6 +253,9 @@ class Trainer:
             "versions": {"vae_scale": __version__, "torch": torch.__version__},
         }
         tensors = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": optimizer}
+        mixture = self.ema.model.mixture
+        if mixture and self.fitted_at == self.images_seen:  # one fitted to older weights would mislead
+            tensors["mixture"] = vars(mixture)
         self.writer.save(self.images_seen, tensors, state, self.model.describe())
 
     def _resume(self) -> str | None:

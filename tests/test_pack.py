@@ -1,0 +1,343 @@
+"""Packing: what goes in comes out, whatever is interrupted, damaged or full."""
+
+import hashlib
+import http.server
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import COUNTS, discs
+from PIL import Image
+from torchvision.datasets import STL10
+
+from vae_scale.data.shards import ShardSet
+from vae_scale.errors import UserError
+from vae_scale.pack import main
+
+
+def pack(*options: object) -> None:
+    main([str(option) for option in options])
+
+
+def told(capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    """The one line with which packing refuses."""
+    with pytest.raises(SystemExit) as caught:
+        pack(*options)
+    assert caught.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+class OurSTL10(STL10):
+    """torchvision's reader without its md5 check, which only the official files pass."""
+
+    def _check_integrity(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_webdataset_reads_back_what_torchvision_reads_from_the_binaries(binaries: Path, shards: Path, split: str) -> None:
+    urls = [str(shard.path) for shard in ShardSet.open(shards).select(split).shards]
+    packed = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    theirs = OurSTL10(str(binaries.parent), split=split)
+    assert len(packed) == len(theirs) == COUNTS[split]
+    for ours, (image, label) in zip(packed, theirs, strict=True):
+        assert ours["npy"].dtype == np.uint8
+        assert np.array_equal(ours["npy"], np.asarray(image))
+        assert ours["cls"] == label
+
+
+def test_a_mapped_shard_is_the_array_of_its_images(shards: Path) -> None:
+    found = ShardSet.open(shards).select("train")
+    images = np.concatenate([found.read(number) for number in range(len(found.shards))])
+    assert np.array_equal(images, discs(COUNTS["train"], 0))
+    assert found.read(0).strides[0] == 29_696
+    assert [label for shard in found.shards for label in shard.labels] == [row % 10 for row in range(COUNTS["train"])]
+
+
+def test_manifests_tell_what_the_shards_hold(shards: Path) -> None:
+    index = json.loads((shards / "index.json").read_text())
+    assert index["__kind__"] == "wids-shard-index-v1"
+    assert index["vae_scale"]["stride"] == 29_696
+    assert index["vae_scale"]["offset"] == 1_664
+    assert len(index["vae_scale"]["folds"]) == 10
+    assert set(index["vae_scale"]["sources"]) == {"train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "unlabeled_X.bin"}
+    for entry in index["shardlist"]:
+        content = (shards / entry["url"]).read_bytes()
+        assert entry["filesize"] == len(content)
+        assert entry["md5sum"] == hashlib.md5(content).hexdigest()
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+    assert json.loads((shards / "sizes.json").read_text()) == {e["url"]: e["nsamples"] for e in index["shardlist"]}
+    assert json.loads((shards / "_info.json").read_text())["splits"]["unlabeled"]["shard_lengths"] == [25, 25, 25, 15]
+
+
+def test_the_archive_packs_to_the_same_shards_as_the_folder(binaries: Path, shards: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "stl10_binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(binaries, "stl10_binary")
+    pack("--source=stl10", f"--data={archive}", f"--out={tmp_path / 'out'}", "--images-per-shard=25")
+    folder, ours = contents(shards), contents(tmp_path / "out")
+    assert {name: ours[name] for name in ours if name.endswith(".tar")} == {
+        name: folder[name] for name in folder if name.endswith(".tar")
+    }
+
+
+@pytest.mark.parametrize("encoding", ["npy", "png", "jpg", "webp"])
+def test_bytes_do_not_depend_on_the_number_of_workers(binaries: Path, tmp_path: Path, encoding: str) -> None:
+    for workers in (1, 3):
+        options = (f"--encoding={encoding}", f"--workers={workers}", "--images-per-shard=8", "--limit=20")
+        pack("--source=stl10", f"--data={binaries}", f"--out={tmp_path / str(workers)}", *options)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+@pytest.mark.parametrize(("encoding", "tolerance"), [("png", 0), ("jpg", 6), ("webp", 8)])
+def test_compact_encodings_give_the_images_back(binaries: Path, tmp_path: Path, encoding: str, tolerance: float) -> None:
+    pack("--source=stl10", f"--data={binaries}", f"--out={tmp_path}", f"--encoding={encoding}", "--splits=train")
+    images = ShardSet.open(tmp_path).read(0)
+    assert np.abs(images.astype(float) - discs(COUNTS["train"], 0)).mean() <= tolerance
+    pack("--verify", tmp_path)
+
+
+def test_a_complete_set_is_left_alone(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--source=stl10", f"--data={binaries}", f"--out={tmp_path}", "--splits=train")
+    pack(*options)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    pack(*options)
+    assert "already complete" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert "another source or other options" in told(capsys, *options, "--limit=5")
+
+
+def test_a_killed_pack_carries_on_and_ends_with_the_same_bytes(binaries: Path, tmp_path: Path) -> None:
+    options = ["--source=stl10", f"--data={binaries}", "--images-per-shard=2", "--encoding=png"]
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "vae_scale.pack", *options, f"--out={out}", "--workers=1"])
+    while process.poll() is None and len(list(out.glob("*.tar"))) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(finished) >= 3
+    if process.returncode == -signal.SIGKILL:
+        assert not (out / "index.json").exists()
+    victim = min(finished)
+    victim.write_bytes(victim.read_bytes()[:-1])  # as a crash of the machine would leave it
+    pack(*options, f"--out={out}")
+    pack(*options, f"--out={tmp_path / 'whole'}")
+    assert contents(out) == contents(tmp_path / "whole")
+    kept = [path for path in finished if path.stat().st_mtime_ns == finished[path]]
+    assert len(kept) >= len(finished) - 1
+
+
+def test_a_full_disk_leaves_nothing_half_written(binaries: Path, tmp_path: Path) -> None:
+    # A limit on the size of files stands in for the disk: the process really gets an error from write().
+    code = "import sys; from vae_scale.pack import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--source=stl10", f"--data={binaries}", f"--out={tmp_path}"]
+    limit = (300_000, 300_000)
+    run = subprocess.run(
+        [*command, "--images-per-shard=25"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    error = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert "stl10-train-000000.tar" in error[0]
+    assert not list(tmp_path.glob("*.tar"))
+    assert not list(tmp_path.glob(".*.tmp"))
+    pack("--source=stl10", f"--data={binaries}", f"--out={tmp_path}", "--images-per-shard=25")
+    assert len(ShardSet.open(tmp_path)) == sum(COUNTS.values())
+
+
+def break_short(folder: Path) -> str:
+    path = folder / "train_X.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+    return "train_X.bin"
+
+
+def break_labels(folder: Path) -> str:
+    path = folder / "test_y.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    return "test_y.bin"
+
+
+def break_range(folder: Path) -> str:
+    path = folder / "train_y.bin"
+    path.write_bytes(b"\x0b" + path.read_bytes()[1:])
+    return "label 11"
+
+
+def break_missing(folder: Path) -> str:
+    (folder / "unlabeled_X.bin").unlink()
+    return "unlabeled_X.bin"
+
+
+def break_folds(folder: Path) -> str:
+    (folder / "fold_indices.txt").write_text("1 2 60\n")
+    return "fold_indices.txt"
+
+
+def break_all(folder: Path) -> str:
+    shutil.rmtree(folder)
+    return "--download"
+
+
+@pytest.mark.parametrize("damage", [break_short, break_labels, break_range, break_missing, break_folds, break_all])
+def test_damaged_binaries_are_named(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage) -> None:  # type: ignore[no-untyped-def]
+    copy = tmp_path / "copy"
+    shutil.copytree(binaries, copy)
+    name = damage(copy)
+    assert name in told(capsys, "--source=stl10", f"--data={copy}", f"--out={tmp_path / 'out'}")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_a_truncated_archive_is_named(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = tmp_path / "stl10_binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(binaries, "stl10_binary")
+    archive.write_bytes(archive.read_bytes()[:-5000])
+    assert "stl10_binary.tar.gz" in told(capsys, "--source=stl10", f"--data={archive}", f"--out={tmp_path / 'out'}")
+
+
+def test_a_folder_of_photographs_is_cropped_and_labelled_by_folder(tmp_path: Path) -> None:
+    for number in range(40):
+        folder = tmp_path / "photos" / ("cats" if number % 2 else "dogs") / "deeper"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = np.zeros((50, 90, 3), np.uint8)
+        picture[:, 20:70] = (200, 10 * (number % 20), 30)  # the middle square
+        Image.fromarray(picture).save(folder / f"{number:03d} ü.png")
+    pack("--source=folder", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'out'}", "--resolution=32")
+    found = ShardSet.open(tmp_path / "out")
+    assert found.image_shape == (32, 32, 3)
+    assert found.class_names == ("cats", "dogs")
+    assert set(found.splits) == {"train", "test"}
+    assert sum(found.splits.values()) == 40
+    # Away from the edge, where resizing rings, only the middle square is left.
+    assert np.all(found.read(0)[:, 4:-4, 4:-4, 0] == 200)
+
+
+def test_folders_named_like_splits_are_the_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(discs(1, number)[0]).save(tmp_path / "photos" / split / f"{number}.jpg")
+    pack("--source=folder", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'out'}")
+    found = ShardSet.open(tmp_path / "out")
+    assert found.splits == {"train": 3, "test": 3}
+    assert found.shards[0].labels == (-1, -1, -1)
+
+
+def test_an_unreadable_photograph_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(30):
+        Image.fromarray(discs(1, number)[0]).save(tmp_path / f"{number}.png")
+    broken = tmp_path / "7.png"
+    broken.write_bytes(broken.read_bytes()[:400])
+    assert "7.png" in told(capsys, "--source=folder", f"--data={tmp_path}", f"--out={tmp_path / 'out'}", "--splits=train")
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_verify_finds_a_flipped_bit(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    pack("--verify", copy)
+    victim = copy / "stl10-train-000001.tar"
+    content = bytearray(victim.read_bytes())
+    content[100_000] ^= 1
+    victim.write_bytes(content)
+    assert "stl10-train-000001.tar" in told(capsys, "--verify", copy)
+
+
+def test_a_shard_cut_at_a_member_is_refused(shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    victim = copy / "stl10-train-000000.tar"
+    victim.write_bytes(victim.read_bytes()[: 29_696 * 20])
+    with pytest.raises(UserError, match=r"stl10-train-000000\.tar"):
+        ShardSet.open(copy).select("train").read(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index["vae_scale"].update(version=2), "format version 2"),
+        (lambda index: index["shardlist"][0].update(url="../../etc/passwd"), "not a file name"),
+        (lambda index: index["shardlist"][0].update(url="/etc/passwd"), "not a file name"),
+        (lambda index: index["shardlist"][0].update(nsamples=10**12), "10000"),
+        (lambda index: index["shardlist"][0].pop("sha256"), "sha256"),
+        (lambda index: index["vae_scale"].update(image_shape=[10**9, 96, 3]), "image shape"),
+        (lambda index: index.update(shardlist=[]), "no shards"),
+        (lambda index: index.update(vae_scale=7), "damaged"),
+    ],
+)
+def test_a_manifest_is_not_trusted(shards: Path, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    index = json.loads((shards / "index.json").read_text())
+    change(index)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message):
+        ShardSet.open(tmp_path)
+
+
+def test_download_checks_the_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "stl10_binary.tar.gz").write_bytes(b"not the real thing")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(served))  # type: ignore[arg-type]
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(STL10, "url", f"http://127.0.0.1:{server.server_port}/stl10_binary.tar.gz")
+    try:
+        options = ("--source=stl10", "--download", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
+        assert "could not be downloaded" in told(capsys, *options)
+    finally:
+        server.shutdown()
+
+
+def test_the_photographs_of_the_demonstration_walk_the_path_of_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vae_scale.data.photos.CROPS", {"train": 10, "unlabeled": 10, "test": 5})
+    pack("--source=photos", f"--out={tmp_path}")
+    found = ShardSet.open(tmp_path)
+    assert found.splits == {"train": 10, "unlabeled": 10, "test": 5}
+    assert found.class_names[0] == "astronaut"
+    theirs = OurSTL10(str(tmp_path), split="train")
+    assert np.array_equal(found.select("train").read(0)[3], np.asarray(theirs[3][0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--source=stl10"], "--out"),
+        (["--source=stl10", "--out=x"], "--data"),
+        (["--source=folder", "--out=x"], "--data"),
+        (["--source=stl10", "--out=x", "--data=/nowhere"], "/nowhere"),
+        (["--source=stl10", "--out=x", "--data=/nowhere", "--splits=trian"], "trian"),
+        (["--source=stl10", "--out=x", "--data=/nowhere", "--resolution=64"], "--resolution"),
+        (["--source=photos", "--out=x", "--workers=0"], "--workers"),
+        (["--inspect=/nowhere"], "index.json"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert message in told(capsys, *options)

@@ -1,0 +1,100 @@
+"""Sampling from a run, through the command."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from vae_scale.config import parse
+from vae_scale.sample import main
+from vae_scale.training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    words = [f"--data.shards={shards}", f"--run={folder}", *TINY, "--track.tracker=none", "--model.latent=vector"]
+    train(parse([*words, "--train.images=480"])[0])
+    return folder
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_grid_and_single_images_are_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, folder = tmp_path / "deep" / "grid.png", tmp_path / "images"
+    main([f"--run={run}", "--num=9", f"--out={out}", f"--save-images={folder}"])
+    assert "from the prior mixture of" in capsys.readouterr().out
+    assert Image.open(out).size == (3 * 98 + 2, 3 * 98 + 2)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"{number:06d}.png" for number in range(9)]
+    assert np.array_equal(pixels(out)[2:98, 100:196], pixels(folder / "000001.png"))
+    assert pixels(out).std() > 5  # not one grey
+
+
+def test_the_same_seed_gives_the_same_images_whatever_the_batch_size(run: Path, tmp_path: Path) -> None:
+    for name, batch, seed in (("a", 64, 1), ("b", 3, 1), ("c", 64, 2)):
+        main([f"--run={run}", "--num=10", f"--out={tmp_path / name}.png", f"--batch-size={batch}", f"--seed={seed}"])
+    first, second, other = (pixels(tmp_path / f"{name}.png") for name in "abc")
+    assert np.abs(first - second).max() <= 1  # rounding of a grey level, at most
+    assert (first == second).mean() > 0.999
+    assert np.abs(first - other).max() > 10
+
+
+def test_the_prior_can_be_chosen_and_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for prior in ("normal", "gmm"):
+        main([f"--run={run}", "--num=4", f"--out={tmp_path / prior}.png", f"--prior={prior}"])
+    told = capsys.readouterr().out
+    assert "N(0, I)" in told
+    assert "mixture" in told
+    assert not np.array_equal(pixels(tmp_path / "normal.png"), pixels(tmp_path / "gmm.png"))
+
+
+def test_temperature_is_not_ignored(run: Path, tmp_path: Path) -> None:
+    spreads = []
+    for temperature in ("0.1", "1.0"):
+        main([f"--run={run}", "--num=16", f"--out={tmp_path / 'x.png'}", "--prior=normal", f"--temperature={temperature}",
+              f"--save-images={tmp_path / temperature}"])  # fmt: skip
+        images = np.stack([pixels(path) for path in (tmp_path / temperature).iterdir()])
+        spreads.append(images.std(0).mean())
+    assert spreads[0] < 0.5 * spreads[1]
+
+
+def test_interpolations_begin_and_end_at_samples(run: Path, tmp_path: Path) -> None:
+    main([f"--run={run}", "--num=5", f"--out={tmp_path / 'way.png'}", "--interpolate"])
+    main([f"--run={run}", "--num=16", f"--out={tmp_path / 'x.png'}", f"--save-images={tmp_path / 'ends'}"])
+    grid = pixels(tmp_path / "way.png")
+    assert grid.shape == (8 * 98 + 2, 5 * 98 + 2, 3)
+    assert np.abs(grid[2:98, 2:98] - pixels(tmp_path / "ends" / "000000.png")).max() <= 2
+    assert np.abs(grid[2:98, 394:490] - pixels(tmp_path / "ends" / "000008.png")).max() <= 2
+
+
+def test_reconstructions_stand_beside_held_out_images(run: Path, shards: Path, tmp_path: Path) -> None:
+    from conftest import discs
+
+    main([f"--run={run}", "--num=4", f"--out={tmp_path / 'r.png'}", "--reconstruct"])
+    grid = pixels(tmp_path / "r.png")
+    assert np.array_equal(grid[2:98, 2:98], discs(30, 1)[0])
+    assert np.abs(grid[2:98, 100:196] - discs(30, 1)[0]).mean() < 60
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run=/nowhere", "--out=x.png"], "/nowhere"),
+        (["--run=/nowhere", "--out=x.jpg"], "must end in .png"),
+        (["--run=/nowhere", "--out=x.png", "--num=0"], "--num"),
+        (["--run=/nowhere", "--out=x.png", "--temperature=-1"], "--temperature"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(options)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error:")
+    assert error.count("\n") == 1
+    assert message in error

@@ -1,0 +1,100 @@
+"""The stream: batches that follow the plan, from anywhere."""
+
+import shutil
+import threading
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import COUNTS, discs
+
+from vae_scale.data.shards import Images, ShardSet
+from vae_scale.data.stream import Batch, Stream
+from vae_scale.errors import UserError
+from vae_scale.pack import main as pack
+
+
+@pytest.fixture(scope="module")
+def train_set(shards: Path) -> ShardSet:
+    return ShardSet.open(shards).select("train", "unlabeled")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Images:
+    return np.concatenate([discs(COUNTS["train"], 0), discs(COUNTS["unlabeled"], 2)])
+
+
+def take(stream: Stream, count: int) -> list[Batch]:
+    """Copies, since a batch is valid until the next only."""
+    return [Batch(batch.images.clone(), batch.rows) for batch in islice(stream, count)]
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return all(torch.equal(a.images, b.images) and np.array_equal(a.rows, b.rows) for a, b in zip(first, second, strict=True))
+
+
+def test_batches_are_the_images_that_the_plan_names(train_set: ShardSet, pixels: Images) -> None:
+    stream = Stream(train_set, 16, seed=3)
+    rows = []
+    for batch in take(stream, 20):
+        assert batch.images.shape == (16, 96, 96, 3)
+        assert np.array_equal(batch.images.numpy(), pixels[batch.rows])
+        rows += batch.rows.tolist()
+    assert sorted(rows[: len(train_set)]) == list(range(len(train_set)))
+
+
+def test_two_ranks_share_what_one_would_read(train_set: ShardSet) -> None:
+    whole = take(Stream(train_set, 16, seed=3), 12)
+    halves = [take(Stream(train_set, 16, seed=3, rank=rank, ranks=2), 12) for rank in (0, 1)]
+    joined = [
+        Batch(torch.cat([a.images, b.images]), np.concatenate([a.rows, b.rows])) for a, b in zip(*halves, strict=True)
+    ]
+    assert same(joined, whole)
+
+
+def test_a_stream_goes_on_exactly_where_another_was(train_set: ShardSet) -> None:
+    first = Stream(train_set, 16, seed=3, window=2)
+    before, state = take(first, 7), first.state_dict()
+    assert state == {"images_seen": 7 * 16}
+    second = Stream(train_set, 16, seed=3, window=2)
+    second.load_state_dict(state)
+    assert same(before + take(second, 8), take(Stream(train_set, 16, seed=3, window=2), 15))
+
+
+def test_the_device_cache_gives_the_same_batches(train_set: ShardSet) -> None:
+    assert same(take(Stream(train_set, 16, seed=3, cache="device"), 12), take(Stream(train_set, 16, seed=3), 12))
+
+
+def test_compact_shards_give_the_same_batches_and_keep_few_in_memory(
+    binaries: Path, train_set: ShardSet, tmp_path: Path
+) -> None:
+    pack(["--source=stl10", f"--data={binaries}", f"--out={tmp_path}", "--images-per-shard=25", "--encoding=png"])
+    compact = ShardSet.open(tmp_path).select("train", "unlabeled")
+    stream = Stream(compact, 16, seed=3, window=1)
+    assert same(take(stream, 15), take(Stream(train_set, 16, seed=3, window=1), 15))
+    assert len(stream._reader._arrays) <= 2
+
+
+def test_a_shard_that_vanishes_ends_the_stream_with_its_name(shards: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    stream = Stream(ShardSet.open(copy).select("train"), 16, seed=3)
+    (copy / "stl10-train-000002.tar").unlink()
+    with pytest.raises(UserError, match=r"stl10-train-000002\.tar: missing"):
+        take(stream, 10)
+
+
+def test_leaving_the_loop_ends_the_thread(train_set: ShardSet) -> None:
+    batches = iter(Stream(train_set, 16, seed=3))
+    next(batches)
+    assert any(thread.name == "stream" for thread in threading.enumerate())
+    batches.close()  # type: ignore[attr-defined]
+    assert not any(thread.name == "stream" for thread in threading.enumerate())
+
+
+def test_a_batch_stays_untouched_until_the_next_is_asked_for(train_set: ShardSet, pixels: Images) -> None:
+    for batch in islice(Stream(train_set, 16, seed=3, prefetch=1), 20):
+        threading.Event().wait(0.005)  # the thread fills every buffer that is free
+        assert np.array_equal(batch.images.numpy(), pixels[batch.rows])

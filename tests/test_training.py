@@ -1,0 +1,238 @@
+"""Training, in the processes that users start."""
+
+import json
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COUNTS, TINY
+from launch import ACCELERATE, command, environment, losses, train
+from safetensors.torch import load_file
+
+from vae_scale.config import parse
+from vae_scale.training import checkpoint
+from vae_scale.training.trainer import Trainer
+
+IMAGES = COUNTS["train"] + COUNTS["unlabeled"]  # of an epoch
+RECORD = str(Path(__file__).parent / "programs" / "record_rows.py")
+
+
+def options(shards: Path, run: Path, *more: object) -> list[str]:
+    return [f"--data.shards={shards}", f"--run={run}", *TINY, "--track.tracker=none", *map(str, more)]
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint."""
+    folder = checkpoint.newest(run)
+    assert folder is not None
+    return {
+        f"{part}.{name}": tensor
+        for part in ("model", "ema", "optimizer")
+        for name, tensor in load_file(folder / f"{part}.safetensors").items()
+    }
+
+
+def state(run: Path) -> dict[str, object]:
+    folder = checkpoint.newest(run)
+    assert folder is not None
+    return json.loads((folder / "state.json").read_text())
+
+
+def in_process(*words: str) -> Trainer:
+    trainer = Trainer(parse(list(words))[0])
+    trainer.run()
+    return trainer
+
+
+def test_two_processes_share_an_epoch_hold_the_same_weights_and_go_on_after_a_kill(shards: Path, tmp_path: Path) -> None:
+    run, diary = tmp_path / "run", tmp_path / "diary"
+    diary.mkdir()
+    words = options(shards, run, f"--train.images={3 * IMAGES}", "--train.batch_size=30", "--checkpoint.every=30")
+    launch = command(2, *words, program=RECORD)
+    process = subprocess.Popen(launch, env=environment(DIARY=str(diary)), start_new_session=True, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(checkpoint.checkpoints(run)) < 3:
+        time.sleep(0.05)
+    import os
+
+    os.killpg(process.pid, signal.SIGKILL)  # the launcher and both of its workers
+    process.wait()
+    reached = state(run)
+    assert 90 <= reached["images_seen"] < 3 * IMAGES  # type: ignore[operator]
+
+    first = {path.name: path.read_text() for path in diary.iterdir()}
+    assert set(first) == {"rank_0_of_2.jsonl", "rank_1_of_2.jsonl"}
+    for path in diary.iterdir():
+        path.unlink()
+    told = train(2, *words, program=RECORD, DIARY=str(diary))
+    assert f"resuming {run} at {reached['images_seen']:,} images" in told
+
+    ended = state(run)
+    assert ended["images_seen"] == 3 * IMAGES
+    assert ended["processes"] == 2
+    weights = ended["weights"]
+    assert isinstance(weights, list)
+    assert len(weights) == 2
+    assert weights[0] == weights[1]
+
+    # What each rank was given before the kill (up to the checkpoint) and after it is every epoch exactly once.
+    seen: list[list[list[int]]] = []
+    for rank in (0, 1):
+        name = f"rank_{rank}_of_2.jsonl"
+        before = [json.loads(line) for line in first[name].splitlines()][: reached["images_seen"] // 30]  # type: ignore[operator]
+        seen.append(before + [json.loads(line) for line in (diary / name).read_text().splitlines()])
+        assert all(len(rows) == 15 for rows in seen[rank])
+    order = [row for halves in zip(*seen, strict=True) for rows in halves for row in rows]
+    for epoch in range(3):
+        assert Counter(order[epoch * IMAGES : (epoch + 1) * IMAGES]) == Counter(range(IMAGES))
+
+
+def test_one_and_two_processes_with_and_without_accumulation_train_alike(shards: Path, tmp_path: Path) -> None:
+    common = ("--train.images=120", "--train.log_every=1")
+    train(1, *options(shards, tmp_path / "one", *common))
+    train(2, *options(shards, tmp_path / "two", *common, "--train.accumulation=3"))
+    in_process(*options(shards, tmp_path / "pieces", *common, "--train.accumulation=4"))
+    one, two, pieces = (losses(tmp_path / name) for name in ("one", "two", "pieces"))
+    assert set(one) == set(two) == set(pieces) == set(range(12, 121, 12))
+    for images, loss in one.items():
+        assert two[images] == pytest.approx(loss, rel=1e-4)
+        assert pieces[images] == pytest.approx(loss, rel=1e-4)
+    for name, tensor in tensors(tmp_path / "one").items():
+        if name.startswith("model"):
+            assert torch.allclose(tensor, tensors(tmp_path / "two")[name], atol=2e-3), name
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(shards: Path, tmp_path: Path) -> None:
+    words = ("--train.images=180", "--train.log_every=1", "--checkpoint.every=60", "--optimizer.warmup=50")
+    in_process(*options(shards, tmp_path / "whole", *words))
+    broken = in_process(*options(shards, tmp_path / "broken", *words))
+    for folder in checkpoint.checkpoints(tmp_path / "broken")[1:]:
+        (folder / "model.safetensors").write_bytes(b"torn")  # so that it goes on from the first
+    del broken
+    in_process(*options(shards, tmp_path / "broken", *words))
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    whole, again = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_training_improves_the_held_out_elbo_by_a_real_margin(shards: Path, tmp_path: Path) -> None:
+    words = options(shards, tmp_path, "--train.images=2400", "--evaluate.every=240", "--model.latent=vector")
+    trainer = in_process(*words)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    bits = [line["eval/bits_per_dim"] for line in lines if "eval/bits_per_dim" in line]
+    assert bits[-1] < bits[0] - 0.5
+    assert lines[-1]["eval/psnr_db"] > 15
+    assert trainer.ema.model.mixture is not None
+    pictures = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert "samples_000002400.png" in pictures
+    assert "reconstructions_000002400.png" in pictures
+
+
+# Recorded. A change that is not meant to move numbers must not move these; rounding differs between machines.
+GOLDEN = {
+    "gaussian": [],
+    "laplace": [],
+    "logistic_mixture": [],
+    "mse": [],
+    "bce": [],
+}
+
+
+@pytest.mark.parametrize("likelihood", GOLDEN)
+def test_golden_losses(shards: Path, tmp_path: Path, likelihood: str) -> None:
+    words = ("--train.images=60", "--train.log_every=1", f"--model.likelihood={likelihood}", "--objective.beta_warmup=30")
+    in_process(*options(shards, tmp_path, *words))
+    assert list(losses(tmp_path).values()) == pytest.approx(GOLDEN[likelihood], rel=2e-4)
+
+
+def test_the_seed_notebooks_vae_trains_here(shards: Path, tmp_path: Path) -> None:
+    config = Path(__file__).parent.parent / "configs" / "seed_notebook.yaml"
+    words = (f"--config={config}", f"--data.shards={shards}", f"--run={tmp_path}", "--track.tracker=none")
+    in_process(*words, "--train.batch_size=10", "--train.images=60", "--train.log_every=3", "--evaluate.images=10")
+    first, last = losses(tmp_path).values()
+    assert last < first
+
+
+def test_the_silent_single_process_launch_is_refused(shards: Path, tmp_path: Path) -> None:
+    words = ["--cpu", "--num_processes=2", "-m", "vae_scale.train", *options(shards, tmp_path / "run")]
+    run = subprocess.run([*ACCELERATE, *words], env=environment(), capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "error: accelerate launch was asked for 2 processes but this is one of 1" in run.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused(shards: Path, tmp_path: Path) -> None:
+    launch = command(2, *options(shards, tmp_path / "run", "--train.batch_size=13"))
+    run = subprocess.run(launch, env=environment(), capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "error: train.batch_size is 13; it must be a multiple of 2" in run.stderr
+
+
+def test_bf16_trains_and_is_close_to_fp32(shards: Path, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        words = ("--train.images=60", "--train.log_every=1", f"--train.precision={precision}")
+        in_process(*options(shards, tmp_path / precision, *words))
+        torch.set_float32_matmul_precision("highest")
+    exact, rounded = (losses(tmp_path / precision) for precision in ("fp32", "bf16"))
+    assert list(rounded.values()) == pytest.approx(list(exact.values()), rel=0.01)
+    assert rounded != exact
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(shards: Path, tmp_path: Path) -> None:
+    launch = command(1, *options(shards, tmp_path, "--optimizer.lr=1e30", "--train.images=600", "--checkpoint.every=6000"))
+    run = subprocess.run(launch, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "lower optimizer.lr" in run.stderr
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_run_refuses_another_network_or_other_images(shards: Path, binaries: Path, tmp_path: Path) -> None:
+    from vae_scale.errors import UserError
+    from vae_scale.pack import main as pack
+
+    in_process(*options(shards, tmp_path / "run", "--train.images=12"))
+    with pytest.raises(UserError, match=r"other model\.latent_channels"):
+        in_process(*options(shards, tmp_path / "run", "--train.images=24", "--model.latent_channels=3"))
+    pack(["--source=stl10", f"--data={binaries}", f"--out={tmp_path / 'other'}", "--limit=20"])
+    with pytest.raises(UserError, match="other shards"):
+        in_process(*options(tmp_path / "other", tmp_path / "run", "--train.images=24"))
+    again = in_process(*options(shards, tmp_path / "run", "--train.images=12"))
+    assert again.images_seen == 12
+
+
+def test_wandb_without_a_key_is_offline_never_asks_and_keeps_its_id(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    words = [*options(shards, tmp_path / "run", "--train.images=60"), "--track.tracker=wandb"]
+    extra = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    ran = subprocess.run(
+        command(1, *words), env=environment(**extra), capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert ran.returncode == 0, ran.stderr
+    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert str(state(tmp_path / "run")["wandb_id"]) in offline.name
+    (written,) = offline.glob("*.wandb")
+    content = written.read_bytes()
+    for name in (b"train/bits_per_dim", b"eval/psnr_db", b"data/wait_share", b"samples/reconstructions", b"train/grad_norm"):
+        assert name in content
+    assert len(list(offline.rglob("*.png"))) == 2
+
+
+def test_metrics_of_a_resumed_run_hold_no_interval_twice(shards: Path, tmp_path: Path) -> None:
+    words = options(shards, tmp_path, "--train.log_every=1", "--checkpoint.every=48")
+    in_process(*words, "--train.images=96")
+    for folder in checkpoint.checkpoints(tmp_path)[1:]:
+        (folder / "manifest.json").unlink()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"images": 1')  # as a kill leaves it
+    in_process(*words, "--train.images=120")
+    images = [json.loads(line)["images"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trained = [count for count in Counter(images)]
+    assert trained == list(range(12, 121, 12))
+    assert max(Counter(images).values()) <= 2  # training and evaluation
