@@ -31,6 +31,7 @@ from vae_scale.models.prior import GaussianMixture
 from vae_scale.randomness import noise_of_each
 
 SOFT_CLAMP = 5.0  # bound of log sigma, reached smoothly (NVAE, Vahdat & Kautz, 2020)
+FIRST_LOG_SIGMA = -2.0
 WEIGHTS, CONFIG, MIXTURE = "model.safetensors", "config.json", "mixture.safetensors"
 Prior = Literal["auto", "normal", "gmm"]
 
@@ -271,11 +272,14 @@ class _Encoder(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.norm = norm(widths[-1])
         outputs = 2 * config.latent_channels
+        last: nn.Linear | nn.Conv2d
         if config.latent == "vector":
-            flat = nn.Linear(widths[-1] * side**2, outputs)
-            self.head: nn.Module = nn.Sequential(_flat(widths[-1], side), flat, Rearrange("b c -> b c 1 1"))
+            last = nn.Linear(widths[-1] * side**2, outputs)
+            self.head: nn.Module = nn.Sequential(_flat(widths[-1], side), last, Rearrange("b c -> b c 1 1"))
         else:
-            self.head = conv(widths[-1], outputs, size=1)
+            self.head = last = conv(widths[-1], outputs, size=1)
+        # Posteriors start narrow: behind the noise of wide ones, the decoder would first learn to ignore the latent.
+        nn.init.constant_(last.bias[config.latent_channels :], FIRST_LOG_SIGMA)
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.layers(self.stem(space_to_depth(images, self.patch)))

@@ -12,6 +12,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from vae_scale.config import TrainConfig
 from vae_scale.errors import UserError
 
+LAUNCHER = "accelerate.commands.launch"  # what `accelerate launch` runs, and `python -m` can name
+
 
 def start(config: TrainConfig) -> Accelerator:
     """The process group, device and precision of this run.
@@ -25,7 +27,7 @@ def start(config: TrainConfig) -> Accelerator:
     precision = resolve_precision(config.precision)
     if config.precision in ("auto", "tf32"):
         torch.set_float32_matmul_precision("high")
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     mixed = precision if precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(cpu=not gpu, mixed_precision=mixed, kwargs_handlers=[ddp])
     expected = max(int(os.environ.get("WORLD_SIZE", 1)), asked_of_launcher())
@@ -60,9 +62,12 @@ def asked_of_launcher() -> int:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return 1
-    if not any(Path(word).name in ("accelerate", "accelerate-launch") or word.startswith("accelerate.") for word in words):
+    launchers = [
+        place for place, word in enumerate(words) if Path(word).name in ("accelerate", "accelerate-launch", LAUNCHER)
+    ]
+    if not launchers:
         return 1
-    options = _options(words)
+    options = _options(words[launchers[0] + 1 :])
     if "num_processes" in options:
         return int(options["num_processes"])
     if "config_file" in options:

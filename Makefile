@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO = runs/demo
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/demo
+	$(BIN)/python -m vae_scale.pack --source photos --out data/demo
+	$(BIN)/accelerate launch --config_file launch/cpu.yaml -m vae_scale.train --config configs/demo.yaml
+	$(BIN)/python -m vae_scale.sample --run $(DEMO) --num 64 --out $(DEMO)/samples.png
+	$(BIN)/python -m vae_scale.sample --run $(DEMO) --num 8 --interpolate --out $(DEMO)/interpolations.png
+	$(BIN)/python -m vae_scale.sample --run $(DEMO) --num 32 --reconstruct --out $(DEMO)/reconstructions.png
+	@echo
+	@echo "New images:        $(DEMO)/samples.png"
+	@echo "Between samples:   $(DEMO)/interpolations.png"
+	@echo "Reconstructions:   $(DEMO)/reconstructions.png"
+	@echo "As it learned:     $(DEMO)/samples/"
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/demo $(VENV)/dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[$(@F)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
