@@ -52,9 +52,7 @@ def test_every_shipped_configuration_is_accepted_and_reads_back_from_its_own_dum
         (["--config", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_key(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_one_line_that_names_the_key(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(options)
     assert caught.value.code == 2

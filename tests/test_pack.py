@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -294,10 +295,14 @@ def test_a_manifest_is_not_trusted(shards: Path, tmp_path: Path, change, message
         ShardSet.open(tmp_path)
 
 
-def test_download_checks_the_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def server(binaries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A web server that torchvision takes for STL-10's; the archive it serves."""
     served = tmp_path / "served"
     served.mkdir()
-    (served / "stl10_binary.tar.gz").write_bytes(b"not the real thing")
+    archive = served / "stl10_binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(binaries, "stl10_binary")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: object) -> None:
@@ -306,14 +311,24 @@ def test_download_checks_the_md5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(STL10, "url", f"http://127.0.0.1:{server.server_port}/stl10_binary.tar.gz")
-    try:
-        options = ("--source=stl10", "--download", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
-        assert "could not be downloaded" in told(capsys, *options)
-    finally:
-        server.shutdown()
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    monkeypatch.setattr(STL10, "url", f"http://127.0.0.1:{running.server_port}/{archive.name}")
+    yield archive
+    running.shutdown()
+    running.server_close()
+
+
+def test_a_download_is_packed(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(STL10, "tgz_md5", hashlib.md5(server.read_bytes()).hexdigest())
+    pack("--source=stl10", "--download", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
+    assert ShardSet.open(tmp_path / "out").splits == COUNTS
+
+
+def test_a_download_with_another_md5_is_refused(server: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--source=stl10", "--download", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
+    assert "could not be downloaded" in told(capsys, *options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_photographs_of_the_demonstration_walk_the_path_of_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,7 @@ def test_every_image_comes_exactly_once_per_epoch_for_any_number_of_ranks(
     epochs = 3
     batches = -(-epochs * plan.images // plan.batch)
     seen = [
-        row
-        for batch in range(batches)
-        for rank in range(ranks)
-        for row in plan.rows(batch * plan.batch, rank, ranks).tolist()
+        row for batch in range(batches) for rank in range(ranks) for row in plan.rows(batch * plan.batch, rank, ranks).tolist()
     ]
     for epoch in range(epochs):
         assert Counter(seen[epoch * plan.images : (epoch + 1) * plan.images]) == Counter(range(plan.images))

@@ -1,9 +1,13 @@
 """Promises about the code itself."""
 
 import re
+import shlex
 from pathlib import Path
 
+import options_table
 import pytest
+
+from vae_scale import config, pack, sample
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "vae_scale").rglob("*.py"))
@@ -32,3 +36,35 @@ def imports(path: Path) -> set[str]:
 def test_imports_point_one_way(part: str, below: set[str]) -> None:
     for path in (ROOT / "vae_scale" / part).glob("*.py"):
         assert imports(path) <= below, path
+
+
+def test_the_table_of_options_is_what_the_dataclasses_say() -> None:
+    assert options_table.README.read_text() == options_table.with_table(options_table.README.read_text()), (
+        "run python tests/options_table.py"
+    )
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The vae_scale commands in a README, one list of words each; a trailing backslash continues a line."""
+    text = path.read_text().replace("\\\n", " ")
+    lines = re.findall(r"(?:python -m |-m )vae_scale\.(\w+) ([^\n`|]*)", text)
+    return [[verb, *shlex.split(rest, comments=True)] for verb, rest in lines]
+
+
+READMES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("launch", "shards", "configs"))]
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_in_a_readme_is_understood(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for verb, *words in commands(path):
+        if verb == "train":
+            config.parse(words)
+        else:
+            {"pack": pack, "sample": sample}[verb]._parser().parse_args(words)
+
+
+def test_files_that_the_readmes_name_are_there() -> None:
+    for path in READMES:
+        for name in re.findall(r"\]\(([^)#:]+)\)|<img[^>]* src=\"([^\"]+)\"", path.read_text()):
+            assert (path.parent / "".join(name)).exists(), (path, name)

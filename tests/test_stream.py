@@ -48,9 +48,7 @@ def test_batches_are_the_images_that_the_plan_names(train_set: ShardSet, pixels:
 def test_two_ranks_share_what_one_would_read(train_set: ShardSet) -> None:
     whole = take(Stream(train_set, 16, seed=3), 12)
     halves = [take(Stream(train_set, 16, seed=3, rank=rank, ranks=2), 12) for rank in (0, 1)]
-    joined = [
-        Batch(torch.cat([a.images, b.images]), np.concatenate([a.rows, b.rows])) for a, b in zip(*halves, strict=True)
-    ]
+    joined = [Batch(torch.cat([a.images, b.images]), np.concatenate([a.rows, b.rows])) for a, b in zip(*halves, strict=True)]
     assert same(joined, whole)
 
 

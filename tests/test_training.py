@@ -212,9 +212,7 @@ def test_wandb_without_a_key_is_offline_never_asks_and_keeps_its_id(
         monkeypatch.delenv(name, raising=False)
     words = [*options(shards, tmp_path / "run", "--train.images=60"), "--track.tracker=wandb"]
     extra = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    ran = subprocess.run(
-        command(1, *words), env=environment(**extra), capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    ran = subprocess.run(command(1, *words), env=environment(**extra), capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stderr
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert str(state(tmp_path / "run")["wandb_id"]) in offline.name

@@ -67,7 +67,7 @@ class DataConfig:
 
     Attributes:
         shards: Folder that `python -m vae_scale.pack` wrote.
-        train: Splits to train on, separated by commas; those that the shards lack are left out with a note.
+        train: Splits to train on, separated by commas; those that the shards lack are left out.
         test: Split held out for evaluation. Never trained on.
         window: Shards among which rows are shuffled together; null for all of them (for png, jpg, webp: 16).
         prefetch: Batches gathered ahead of the trainer.

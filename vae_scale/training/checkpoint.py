@@ -25,10 +25,20 @@ Tensors = dict[str, dict[str, Tensor]]
 NAME = re.compile(r"images_\d{9,}")
 
 
+def folder_of(run: Path, images_seen: int) -> Path:
+    """The folder of a run's checkpoint."""
+    return run / "checkpoints" / f"images_{images_seen:09d}"
+
+
+def images_of(folder: Path) -> int:
+    """The images seen by a checkpoint, from its name."""
+    return int(folder.name.removeprefix("images_"))
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, oldest first, damaged ones included."""
     found = [path for path in (run / "checkpoints").glob("images_*") if path.is_dir() and NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("images_")))
+    return sorted(found, key=images_of)
 
 
 def damage(folder: Path) -> str | None:
@@ -78,7 +88,6 @@ class Writer:
     """Writes a run's checkpoints in a thread, one at a time, while training goes on."""
 
     def __init__(self, run: Path, keep: int) -> None:
-        self._folder = run / "checkpoints"
         self._run, self._keep = run, keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -107,10 +116,10 @@ class Writer:
             pending.result()
 
     def _write(self, images_seen: int, tensors: Tensors, state: dict[str, Any], config: dict[str, Any]) -> None:
-        final = self._folder / f"images_{images_seen:09d}"
-        temporary = self._folder / f".{final.name}.tmp"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self._folder.glob(".*.tmp"):
+        final = folder_of(self._run, images_seen)
+        temporary = final.with_name(f".{final.name}.tmp")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in final.parent.glob(".*.tmp"):
             shutil.rmtree(leftover)
         temporary.mkdir()
         for name, part in tensors.items():
@@ -124,7 +133,7 @@ class Writer:
         if final.exists():  # a damaged one, or the same again
             shutil.rmtree(final)
         temporary.rename(final)
-        _sync(self._folder)
+        _sync(final.parent)
         # Only now that the new one is safe. Damaged ones do not count, so a good one always stays.
         whole = [path for path in checkpoints(self._run) if (path / MANIFEST).exists()]
         for old in whole[: -self._keep]:

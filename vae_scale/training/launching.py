@@ -25,8 +25,10 @@ def start(config: TrainConfig) -> Accelerator:
     if config.precision == "fp16" and not gpu:
         raise UserError("train.precision fp16 needs a GPU; use bf16 or fp32")
     precision = resolve_precision(config.precision)
-    if config.precision in ("auto", "tf32"):
-        torch.set_float32_matmul_precision("high")
+    if gpu:
+        # tf32 for what is left in fp32, unless fp32 itself was asked for.
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     mixed = precision if precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(cpu=not gpu, mixed_precision=mixed, kwargs_handlers=[ddp])
@@ -62,9 +64,7 @@ def asked_of_launcher() -> int:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return 1
-    launchers = [
-        place for place, word in enumerate(words) if Path(word).name in ("accelerate", "accelerate-launch", LAUNCHER)
-    ]
+    launchers = [place for place, word in enumerate(words) if Path(word).name in ("accelerate", "accelerate-launch", LAUNCHER)]
     if not launchers:
         return 1
     options = _options(words[launchers[0] + 1 :])

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,6 +47,9 @@ class Trainer:
         check_resolution(config.model, shards.image_shape)
         self.train_set = shards.select(*config.data.train_splits)
         self.test_set = shards.select(config.data.test)
+
+        told = ", ".join(f"{name} {count:,}" for name, count in self.train_set.splits.items())
+        self._say(f"training on {told}; {len(self.test_set):,} images of {config.data.test} held out")
 
         torch.manual_seed(key(config.seed, "weights"))
         self.model = build(config.model, shards.image_shape[0]).to(self.device).to(memory_format=torch.channels_last)
@@ -95,23 +99,22 @@ class Trainer:
             self._begin_interval()
             for batch in self._batches():
                 self._step(batch)
-                seen_before, self.images_seen = self.images_seen, self.images_seen + config.train.batch_size
+                before, self.images_seen = self.images_seen, self.images_seen + config.train.batch_size
                 bar.update(config.train.batch_size)
-                done = self.images_seen >= config.train.images
-
-                def due(every: int, before: int = seen_before, done: bool = done) -> bool:
-                    return done or before // every < self.images_seen // every
-
-                if due(config.train.log_every * config.train.batch_size):
+                if self._due(config.train.log_every * config.train.batch_size, before):
                     self._log(bar)
-                if due(config.evaluate.every):
+                if self._due(config.evaluate.every, before):
                     self._evaluate(bar)
-                if due(config.checkpoint.every):
+                if self._due(config.checkpoint.every, before):
                     self._save()
             self.writer.wait()
         if self.tracker:
             self.tracker.close()
         self.accelerator.end_training()
+
+    def _due(self, every: int, before: int) -> bool:
+        """Whether a multiple of `every` images, or the end, came with the last step."""
+        return self.images_seen >= self.config.train.images or before // every < self.images_seen // every
 
     def _batches(self) -> Iterator[Batch]:
         if self.images_seen >= self.config.train.images:
@@ -260,9 +263,13 @@ class Trainer:
 
     def _resume(self) -> str | None:
         """Goes on from the newest whole checkpoint, if there is one; returns its wandb run's id."""
-        folder = checkpoint.newest(self.config.folder)
-        if folder is None:
+        found = checkpoint.newest(self.config.folder) if self.accelerator.is_main_process else None
+        # Rank 0 decides, so that all go on from the same one.
+        images = torch.tensor(-1 if found is None else checkpoint.images_of(found), device=self.device)
+        images_seen = int(broadcast(images))
+        if images_seen < 0:
             return None
+        folder = checkpoint.folder_of(self.config.folder, images_seen)
         state, tensors = checkpoint.load(folder, "model", "ema", "optimizer")
         was = state["config"]["model"]
         different = sorted(name for name, value in as_dict(self.config.model).items() if was.get(name) != value)
@@ -279,7 +286,7 @@ class Trainer:
                 self.optimizer.state[parameter][part] = torch.empty_like(like).copy_(saved)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.images_seen = int(state["images_seen"])
+        self.images_seen = images_seen
         self._say(f"resuming {self.config.folder} at {self.images_seen:,} images")
         return state["wandb_id"]
 
