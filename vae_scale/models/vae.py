@@ -279,6 +279,7 @@ class _Encoder(nn.Module):
         else:
             self.head = last = conv(widths[-1], outputs, size=1)
         # Posteriors start narrow: behind the noise of wide ones, the decoder would first learn to ignore the latent.
+        assert last.bias is not None
         nn.init.constant_(last.bias[config.latent_channels :], FIRST_LOG_SIGMA)
 
     def forward(self, images: Tensor) -> Tensor:
