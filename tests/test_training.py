@@ -196,8 +196,8 @@ def test_a_run_refuses_another_network_or_other_images(shards: Path, binaries: P
     from vae_scale.pack import main as pack
 
     in_process(*options(shards, tmp_path / "run", "--train.images=12"))
-    with pytest.raises(UserError, match=r"other model\.latent_channels"):
-        in_process(*options(shards, tmp_path / "run", "--train.images=24", "--model.latent_channels=3"))
+    with pytest.raises(UserError, match=r"another model\.latent_channels, seed;"):
+        in_process(*options(shards, tmp_path / "run", "--train.images=24", "--model.latent_channels=3", "--seed=5"))
     pack(["--source=stl10", f"--data={binaries}", f"--out={tmp_path / 'other'}", "--limit=20"])
     with pytest.raises(UserError, match="other shards"):
         in_process(*options(tmp_path / "other", tmp_path / "run", "--train.images=24"))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from vae_scale.data.shards import FORMAT_VERSION, Images, Layout, shard_name, write_shard
+from vae_scale.data.shards import FORMAT_VERSION, Images, Layout, ShardSet, shard_name, write_shard
 from vae_scale.errors import UserError
 
 __all__ = ["Images", "Packing", "Source", "Split", "pack"]
@@ -104,9 +104,8 @@ def pack(source: Source, out: Path, packing: Packing, workers: int) -> bool:
         "sources": source.hashes(),
     }
     fingerprint = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    index = out / "index.json"
-    if index.exists():
-        if json.loads(index.read_text()).get("vae_scale", {}).get("fingerprint") == fingerprint:
+    if (out / "index.json").exists():
+        if ShardSet.open(out).fingerprint == fingerprint:
             return False
         raise UserError(f"{out}: holds a complete set of another source or other options; choose another --out")
     out.mkdir(parents=True, exist_ok=True)

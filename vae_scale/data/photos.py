@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from vae_scale.data.shards import Images
 from vae_scale.data.stl10 import SIDE, write_binaries
@@ -27,11 +28,13 @@ CHUNK = 500
 
 
 def write_photos(folder: Path) -> None:
-    """Writes the crops into `folder` in the layout of STL-10's binaries; the same bytes every time.
+    """Writes the crops into `folder` in the layout of STL-10's binaries, unless it is there; the same bytes every time.
 
     Raises:
         UserError: scikit-image is not installed.
     """
+    if folder.exists():
+        return
     try:
         import skimage
     except ImportError:
@@ -39,13 +42,20 @@ def write_photos(folder: Path) -> None:
     data = Path(skimage.__file__).parent / "data"
     photos = [Image.open(data / file).convert("RGB") for file in PHOTOS.values()]
 
+    bar = tqdm(total=sum(CROPS.values()), unit=" crops", unit_scale=True, desc=f"cropping {len(photos)} photographs")
+
     def crops(split: str) -> Iterator[tuple[Images, list[int]]]:
         for begin in range(0, CROPS[split], CHUNK):
             numbers = range(begin, min(begin + CHUNK, CROPS[split]))
             labels = [number % len(photos) for number in numbers]
             yield np.stack([_crop(photos[number % len(photos)], split, number) for number in numbers]), labels
+            bar.update(len(numbers))
 
-    write_binaries(folder, {split: crops(split) for split in CROPS}, list(PHOTOS))
+    # Under a temporary name, so that an interruption leaves no half of it.
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with bar:
+        write_binaries(temporary, {split: crops(split) for split in CROPS}, list(PHOTOS))
+    temporary.replace(folder)
 
 
 def _crop(photo: Image.Image, split: str, number: int) -> Images:

@@ -271,10 +271,9 @@ class Trainer:
             return None
         folder = checkpoint.folder_of(self.config.folder, images_seen)
         state, tensors = checkpoint.load(folder, "model", "ema", "optimizer")
-        was = state["config"]["model"]
-        different = sorted(name for name, value in as_dict(self.config.model).items() if was.get(name) != value)
-        if different:
-            raise UserError(f"{folder}: was trained with other model.{', model.'.join(different)}; choose another --run")
+        was, now = _fixed(state["config"]), _fixed(as_dict(self.config))
+        if different := sorted(name for name, value in now.items() if was.get(name) != value):
+            raise UserError(f"{folder}: was trained with another {', '.join(different)}; choose another --run")
         if state["shards"] != self.train_set.fingerprint:
             raise UserError(f"{folder}: was trained on other shards than {self.config.data.shards}; choose another --run")
         self.model.load_state_dict(tensors["model"])
@@ -312,6 +311,13 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         self.accelerator.print(text, flush=True)
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    """The options that a run cannot change on its way: its network, and what decides the order of images."""
+    network = {f"model.{name}": value for name, value in config["model"].items()}
+    order = {f"data.{name}": config["data"][name] for name in ("train", "window")}
+    return network | order | {"seed": config["seed"]}
 
 
 def _memory(device: torch.device) -> float:
