@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+DDP = Path(__file__).parent.parent / "launch" / "ddp.yaml"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
@@ -14,8 +15,7 @@ def command(processes: int, *options: object, program: str | None = None) -> lis
     words = [str(option) for option in options]
     if processes == 1:
         return [sys.executable, *target, *words]
-    launcher = ["--multi_gpu", "--num_machines=1", f"--num_processes={processes}", "--main_process_port=0"]
-    return [*ACCELERATE, *launcher, "--mixed_precision=no", "--dynamo_backend=no", *target, *words]
+    return [*ACCELERATE, f"--config_file={DDP}", f"--num_processes={processes}", *target, *words]
 
 
 def environment(**extra: str) -> dict[str, str]:

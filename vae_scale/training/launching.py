@@ -7,7 +7,7 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from vae_scale.config import TrainConfig
 from vae_scale.errors import UserError
@@ -21,7 +21,7 @@ def start(config: TrainConfig) -> Accelerator:
     Raises:
         UserError: the launcher was asked for more processes than it made, or the hardware lacks the precision.
     """
-    gpu = torch.cuda.is_available()
+    gpu = _gpu()
     if config.precision == "fp16" and not gpu:
         raise UserError("train.precision fp16 needs a GPU; use bf16 or fp32")
     precision = resolve_precision(config.precision)
@@ -37,9 +37,14 @@ def start(config: TrainConfig) -> Accelerator:
         raise UserError(
             f"accelerate launch was asked for {expected} processes but this is one of {accelerator.num_processes}; on "
             "CPUs use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_machines 1 --num_processes "
-            f"{expected}` (--cpu silently starts a single process)"
+            f"{expected} ...` (--cpu silently starts a single process)"
         )
     return accelerator
+
+
+def _gpu() -> bool:
+    """Whether this run is on a GPU: there is one, and the launcher was not told to leave it."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def resolve_precision(wanted: str) -> str:
@@ -49,7 +54,7 @@ def resolve_precision(wanted: str) -> str:
     """
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available():
+    if _gpu():
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return "bf16" if any(getattr(torch.cpu, check, lambda: False)() for check in checks) else "fp32"
