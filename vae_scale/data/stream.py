@@ -5,7 +5,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,7 +137,7 @@ class Stream:
             yield Batch(self._resident[torch.from_numpy(rows).to(self.device)], rows)
 
     def _from_host(self) -> Iterator[Batch]:
-        """Gathers into a ring of buffers in one thread. More threads gained nothing: memory is the limit."""
+        """Gathers into a ring of buffers in one thread."""
         shape = (self.plan.batch // self._ranks, *self.shards.image_shape)
         pinned = self.device.type == "cuda"
         # One buffer is with the caller and one being filled, besides those that wait.
@@ -168,8 +167,7 @@ class Stream:
             yield from self._take(ready, free, pinned)
         finally:
             stopped.set()
-            with suppress(queue.Full):
-                free.put_nowait(ring[0])
+            free.put(ring[0])  # wakes the thread, should it wait for a buffer
             thread.join()
 
     def _take(

@@ -88,7 +88,7 @@ def _options(words: list[str]) -> dict[str, str]:
     """The launcher's own options, as far as they stand before the program it launches."""
     options: dict[str, str] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word in ("-m", "--module"):
+        if word in ("-m", "--module") or word.endswith(".py"):
             break
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")

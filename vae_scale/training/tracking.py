@@ -90,7 +90,7 @@ def _wandb_mode() -> Any:
         return mode
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        known = netrc.netrc().authenticators(host) is not None
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         known = False
     return "online" if known or os.environ.get("WANDB_API_KEY") else "offline"
