@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from PIL import Image
 
+from vae_scale import ResNetVAE
 from vae_scale.config import parse
 from vae_scale.sample import main
+from vae_scale.training import checkpoint, pictures
 from vae_scale.training.trainer import train
 
 
@@ -33,6 +36,15 @@ def test_a_grid_and_single_images_are_written(run: Path, tmp_path: Path, capsys:
     assert names == [f"{number:06d}.png" for number in range(9)]
     assert np.array_equal(pixels(out)[2:98, 100:196], pixels(folder / "000001.png"))
     assert pixels(out).std() > 5  # not one grey
+
+
+def test_a_checkpoint_is_a_pretrained_model(run: Path, tmp_path: Path) -> None:
+    folder = checkpoint.newest(run)
+    assert folder is not None
+    last, averaged = ResNetVAE.from_pretrained(folder), ResNetVAE.from_pretrained(folder, weights="ema.safetensors")
+    assert not torch.equal(last.sample(1), averaged.sample(1))
+    main([f"--run={run}", "--num=1", f"--out={tmp_path / 'x.png'}", f"--save-images={tmp_path}"])
+    assert np.abs(pictures.to_uint8(averaged.sample(1))[0].astype(int) - pixels(tmp_path / "000000.png")).max() <= 1
 
 
 def test_the_same_seed_gives_the_same_images_whatever_the_batch_size(run: Path, tmp_path: Path) -> None:
