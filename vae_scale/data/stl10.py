@@ -50,9 +50,9 @@ def open_stl10(path: Path, splits: list[str]) -> Source:
     for folder in (path, path / "stl10_binary"):
         if folder.is_dir() and any(folder.glob("*_X.bin")):
             return _source(_Folder(folder), splits)
-    for archive in (path / "stl10_binary.tar.gz",):
-        if archive.is_file():
-            return _source(_Archive(archive), splits)
+    archive = path / "stl10_binary.tar.gz"
+    if archive.is_file():
+        return _source(_Archive(archive), splits)
     raise UserError(
         f"--data {path}: neither STL-10's binaries (train_X.bin ...) nor stl10_binary.tar.gz are there; "
         "give their folder, or add --download"

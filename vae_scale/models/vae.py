@@ -278,7 +278,8 @@ class _Encoder(nn.Module):
             self.head: nn.Module = nn.Sequential(_flat(widths[-1], side), last, Rearrange("b c -> b c 1 1"))
         else:
             self.head = last = conv(widths[-1], outputs, size=1)
-        # Posteriors start narrow: behind the noise of wide ones, the decoder would first learn to ignore the latent.
+        # Posteriors start narrow. With a map of latents the first hundred steps went further so (a single run: 0.4% fewer
+        # nats); with a vector it made no difference.
         assert last.bias is not None
         nn.init.constant_(last.bias[config.latent_channels :], FIRST_LOG_SIGMA)
 
