@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from vae_scale.config import PRESETS, ObjectiveConfig, OptimizerConfig, VAEConfig
 from vae_scale.data.shards import ShardSet
-from vae_scale.models.vae import VAE, build
-from vae_scale.training.evaluation import Processes, evaluate, fit_prior
+from vae_scale.models.networks import build
+from vae_scale.models.vae import VAE
+from vae_scale.training.evaluation import Processes, evaluate
+from vae_scale.training.latents import fit_prior
 from vae_scale.training.schedules import kl_weight, learning_rate
 
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from vae_scale import ResNetVAE
-from vae_scale.config import PRESETS, VAEConfig
+from vae_scale.config import PRESETS, Config, ObjectiveConfig, VAEConfig
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import Attention, ResBlock, depth_to_space, space_to_depth
 from vae_scale.models.likelihoods import LEVELS_PER_UNIT, Classic, LogisticMixture, Scaled
+from vae_scale.models.networks import build
 from vae_scale.models.prior import GaussianMixture
-from vae_scale.models.vae import VAE, Posterior, build, slerp
-from vae_scale.training.objective import Objective, bits_per_dim, to_model
+from vae_scale.models.vae import VAE, Posterior, slerp
+from vae_scale.training.objective import ELBO, bits_per_dim, to_model
 
 
 def tiny(**options: object) -> VAE:
@@ -217,15 +218,16 @@ def test_the_elbo_is_below_the_importance_weighted_bound() -> None:
 def test_the_objective_is_the_negative_elbo_per_dimension_and_weighs_the_kl() -> None:
     model = tiny()
     images = torch.from_numpy(discs(4, 0))
-    noise, flips = torch.randn(4, *model.latent_shape), torch.zeros(4, dtype=torch.bool)
+    noise, heard = torch.randn(4, *model.latent_shape), torch.tensor(0.0)
+    draws = {"noise": noise, "flips": torch.zeros(4, dtype=torch.bool)}
     terms = model(to_model(images), noise)
-    loss, measured = Objective(model, 0.0)(images, flips, noise, torch.tensor(1.0))
+    loss, measured = ELBO(model, Config())(images, draws, torch.tensor(1.0), heard)
     assert loss.item() == pytest.approx(-terms.elbo.mean().item() / model.dimensions, rel=1e-5)
     assert measured[0].item() == pytest.approx(-terms.elbo.mean().item(), rel=1e-5)
-    half, _ = Objective(model, 0.0)(images, flips, noise, torch.tensor(0.5))
+    half, _ = ELBO(model, Config())(images, draws, torch.tensor(0.5), heard)
     kl = terms.kl.sum(1).mean().item() / model.dimensions
     assert loss.item() - half.item() == pytest.approx(0.5 * kl, rel=1e-2)
-    free, _ = Objective(model, 1e9)(images, flips, noise, torch.tensor(1.0))
+    free, _ = ELBO(model, Config(objective=ObjectiveConfig(free_bits=1e9)))(images, draws, torch.tensor(1.0), heard)
     parts = torch.autograd.grad(free, list(model.encoder.parameters()), allow_unused=True)
     assert all(part is None or part.isfinite().all() for part in parts)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import options_table
 import pytest
 
-from vae_scale import config, pack, sample
+from vae_scale import config, evaluate, export, pack, sample
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "vae_scale").rglob("*.py"))
@@ -29,8 +29,9 @@ def imports(path: Path) -> set[str]:
     ("part", "below"),
     [
         ("data", {"data", "errors", "randomness"}),
+        ("metrics", {"metrics", "errors", "randomness"}),
         ("models", {"models", "config", "errors", "randomness"}),
-        ("training", {"training", "data", "models", "config", "errors", "randomness"}),
+        ("training", {"training", "data", "models", "metrics", "config", "errors", "randomness"}),
     ],
 )
 def test_imports_point_one_way(part: str, below: set[str]) -> None:
@@ -61,7 +62,7 @@ def test_every_command_in_a_readme_is_understood(path: Path, monkeypatch: pytest
         if verb == "train":
             config.parse(words)
         else:
-            {"pack": pack, "sample": sample}[verb]._parser().parse_args(words)
+            {"evaluate": evaluate, "export": export, "pack": pack, "sample": sample}[verb]._parser().parse_args(words)
 
 
 def test_files_that_the_readmes_name_are_there() -> None:

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from vae_scale.errors import UserError, one_line
 
 Preset = Literal["tiny", "small", "base", "large", "seed_notebook"]
+Network = Literal["resnet", "ladder", "kl", "seed_notebook"]
 
 # One line per model. A preset only moves defaults: a YAML file and the command line are stronger.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -23,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"patch": 4, "width": 64, "multipliers": [1, 2, 4], "blocks": 1, "latent_channels": 16},
     "base": {"patch": 2, "width": 128, "multipliers": [1, 2, 4], "blocks": 2, "latent_channels": 8, "attention": True},
     "large": {"patch": 2, "width": 192, "multipliers": [1, 2, 4], "blocks": 3, "latent_channels": 8, "attention": True},
-    "seed_notebook": {"latent": "vector", "latent_channels": 10, "likelihood": "mse"},
+    "seed_notebook": {"network": "seed_notebook", "latent": "vector", "latent_channels": 10, "likelihood": "mse"},
 }
 
 
@@ -33,18 +34,22 @@ class VAEConfig:
 
     Attributes:
         preset: Named size: tiny (tests), small (CPU), base, large, or the seed notebook's own network.
+        network: resnet (residual encoder and decoder), ladder (a hierarchy of latents), kl (the autoencoder of latent
+            diffusion, which diffusers can load), or the seed notebook's.
         patch: Side of the square of pixels the first layer folds into channels (space to depth).
         width: Channels at the finest level.
-        multipliers: Channels of each level as multiples of `width`; each level halves the one before.
-        blocks: Residual blocks per level in the encoder; the decoder has one more.
+        multipliers: Channels of each level as multiples of `width`; each level halves the one before. ladder goes on down to
+            one position, with the last.
+        blocks: Residual blocks per level in the encoder; the decoder has one more. ladder: layers of latents per level.
         attention: Self-attention at the coarsest level.
         latent: A map of latents (spatial), or one vector for the whole image (vector).
-        latent_channels: Channels of the latent map, or length of the latent vector.
+        latent_channels: Channels of the latent map, or of each layer of ladder, or length of the latent vector.
         likelihood: p(image | latent). mse and bce are the classic losses of a sigmoid output.
         scale: Scale of gaussian and laplace: optimal (follows the error, sigma-VAE), learned, or a number in [-1, 1] units.
     """
 
     preset: Preset = "base"
+    network: Network = "resnet"
     patch: int = 2
     width: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
@@ -58,7 +63,9 @@ class VAEConfig:
     @property
     def factor(self) -> int:
         """Side of the image over side of the coarsest feature map (for spatial latents, the latent map): 'f'."""
-        return 4 if self.preset == "seed_notebook" else self.patch * 2 ** (len(self.multipliers) - 1)
+        halvings = 2 ** (len(self.multipliers) - 1)
+        factors = {"resnet": self.patch * halvings, "kl": halvings, "ladder": self.patch, "seed_notebook": 4}
+        return factors[self.network]
 
 
 @dataclass
@@ -73,6 +80,8 @@ class DataConfig:
         prefetch: Batches gathered ahead of the trainer.
         cache: Where images wait: host (mapped files) or device (the whole set in the accelerator's memory).
         flip: Mirror a random half of the images.
+        crop: Cut up to this share off a side, at random, and enlarge what is left; 0 to 0.9.
+        colour: Change brightness, contrast and saturation at random by up to this share; 0 to 0.9.
     """
 
     shards: str = "data/stl10"
@@ -82,6 +91,8 @@ class DataConfig:
     prefetch: int = 4
     cache: Literal["host", "device"] = "host"
     flip: bool = True
+    crop: float = 0.0
+    colour: float = 0.0
 
     @property
     def train_splits(self) -> list[str]:
@@ -97,11 +108,42 @@ class ObjectiveConfig:
         beta: Weight of the KL divergence, itself summed over the latents of an image.
         beta_warmup: Images over which beta grows linearly from 0.
         free_bits: Nats per latent channel and image below which the KL divergence is not pressed.
+        adversarial: How strongly a critic of real and reconstructed patches pushes each image, as a multiple of how strongly
+            the reconstruction pulls it; 0 for no critic.
+        perceptual: The same for the critic's features of image and reconstruction, which are to be alike.
+        critic_start: Images after which the decoder listens to the critic, which learns from the first.
+        critic_width: Channels of the critic's first layer.
     """
 
     beta: float = 1.0
     beta_warmup: int = 0
     free_bits: float = 0.0
+    adversarial: float = 0.0
+    perceptual: float = 0.0
+    critic_start: int = 50_000
+    critic_width: int = 64
+
+    @property
+    def critic(self) -> bool:
+        """Whether there is a critic."""
+        return self.adversarial > 0 or self.perceptual > 0
+
+
+@dataclass
+class PriorConfig:
+    """The second stage: a rectified flow over the latents of a trained VAE.
+
+    Attributes:
+        vae: Run of the VAE whose latents the flow learns; null to train a VAE.
+        width: Channels of the flow's transformer, a multiple of 64.
+        depth: Blocks of the transformer.
+        hide_label: Share of labelled images learned without their label, so that guidance has something to compare with.
+    """
+
+    vae: str | None = None
+    width: int = 512
+    depth: int = 12
+    hide_label: float = 0.1
 
 
 @dataclass
@@ -200,7 +242,8 @@ class Config:
         seed: Keys every random draw, together with the images seen and what the draw is for.
         model: The network.
         data: The images.
-        objective: The loss.
+        objective: The loss of a VAE.
+        prior: The second stage.
         optimizer: AdamW and its schedule.
         train: The loop.
         evaluate: Evaluation on held-out images.
@@ -213,6 +256,7 @@ class Config:
     model: VAEConfig = field(default_factory=VAEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -276,7 +320,9 @@ def check(config: Config) -> None:
         "model.width": model.width,
         "model.blocks": model.blocks,
         "model.latent_channels": model.latent_channels,
+        "objective.critic_width": config.objective.critic_width,
         "data.prefetch": config.data.prefetch,
+        "prior.depth": config.prior.depth,
         "optimizer.lr": config.optimizer.lr,
         "train.images": train.images,
         "train.batch_size": train.batch_size,
@@ -296,6 +342,9 @@ def check(config: Config) -> None:
         "objective.beta": config.objective.beta,
         "objective.beta_warmup": config.objective.beta_warmup,
         "objective.free_bits": config.objective.free_bits,
+        "objective.adversarial": config.objective.adversarial,
+        "objective.perceptual": config.objective.perceptual,
+        "objective.critic_start": config.objective.critic_start,
         "optimizer.warmup": config.optimizer.warmup,
         "optimizer.weight_decay": config.optimizer.weight_decay,
     }
@@ -311,13 +360,21 @@ def check(config: Config) -> None:
         "data.test",
         f"split '{config.data.test}' is also in data.train; held-out images are never trained on",
     )
+    shares = {"data.crop": config.data.crop, "data.colour": config.data.colour, "prior.hide_label": config.prior.hide_label}
+    for key, value in shares.items():
+        _require(0 <= value <= 0.9, key, f"is {value}; it must be 0 to 0.9")
+    width = config.prior.width
+    _require(width > 0 and width % 64 == 0, "prior.width", f"is {width}; it must be a multiple of 64")
     _require(0 <= train.ema < 1, "train.ema", f"is {train.ema}; it must be at least 0 and below 1")
     _require(all(0 <= beta < 1 for beta in config.optimizer.betas), "optimizer.betas", "must be at least 0 and below 1")
     clip = config.optimizer.clip
     _require(clip is None or clip > 0, "optimizer.clip", f"is {clip}; it must be greater than 0, or null")
-    if model.preset == "seed_notebook":
+    if config.objective.critic:
+        key = "objective.adversarial" if config.objective.adversarial else "objective.perceptual"
+        _require(model.likelihood in ("gaussian", "laplace"), key, "goes with model.likelihood gaussian or laplace")
+    if model.network == "seed_notebook":
         classic = model.likelihood in ("mse", "bce") and model.latent == "vector"
-        _require(classic, "model.preset", "seed_notebook goes with latent vector and likelihood mse or bce")
+        _require(classic, "model.network", "seed_notebook goes with latent vector and likelihood mse or bce")
 
 
 def check_processes(config: Config, processes: int) -> None:

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 
 from vae_scale.errors import UserError, command
 
-ROWS = 8  # of --interpolate
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vae_scale.models.vae import VAE
+    from vae_scale.models.vae import VAE, Sampler
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -24,92 +22,128 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     parser.add_argument("--num", type=int, default=64, metavar="N", help="images (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="scale of the latents (default: 1)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="scale of the noise (default: 1)")
     parser.add_argument(
-        "--prior", choices=["auto", "normal", "gmm"], default="auto", help="auto (default): the best the model has"
+        "--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="auto (default): the best the model has"
     )
+    parser.add_argument("--grid", type=int, metavar="COLUMNS", help="columns of the picture (default: as many as rows)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
     parser.add_argument("--save-images", type=Path, metavar="DIR", help="write each image as a file of its own, too")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--interpolate", action="store_true", help="rows of N images each, from one sample to another")
+    flow = parser.add_argument_group("the flow")
+    flow.add_argument("--steps", type=int, default=25, metavar="K", help="steps from noise to a latent (default: 25)")
+    flow.add_argument("--solver", choices=["heun", "euler"], default="heun", help="default: heun; euler takes half the time")
+    flow.add_argument("--class", dest="label", metavar="NAME", help="images of this class only, by name or number")
+    flow.add_argument("--guidance", type=float, default=1.0, metavar="G", help="how strongly that class is wanted (default: 1)")
+    other = parser.add_argument_group("other pictures")
+    what = other.add_mutually_exclusive_group()
+    what.add_argument(
+        "--interpolate",
+        nargs="*",
+        metavar="PHOTO",
+        help="ways of N images each, from one sample to another, or from the first photograph to the second",
+    )
+    what.add_argument("--traverse", action="store_true", help="ways of N images each through a sample, along main directions")
     what.add_argument("--reconstruct", action="store_true", help="N held-out images, each beside its reconstruction")
-    parser.add_argument("--shards", metavar="DIR", help="shards for --reconstruct (default: those of the run)")
+    what.add_argument("--neighbours", action="store_true", help="N samples, each beside the training images most like it")
+    other.add_argument("--shards", metavar="DIR", help="shards for the last two (default: those of the run)")
+    other.add_argument(
+        "--gif", type=Path, metavar="FILE.gif", help="animate the ways, too; with neither, the samples as training went on"
+    )
     return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.num < 1 or args.batch_size < 1 or args.steps < 1:
+        raise UserError("--num, --batch-size and --steps must be at least 1")
+    if args.grid is not None and args.grid < 1:
+        raise UserError("--grid must be at least 1")
+    if args.temperature < 0:
+        raise UserError(f"--temperature is {args.temperature}; it must not be negative")
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: must end in .png")
+    if args.gif and args.gif.suffix.lower() != ".gif":
+        raise UserError(f"--gif {args.gif}: must end in .gif")
+    if args.gif and (args.reconstruct or args.neighbours):
+        raise UserError("--gif animates samples, --interpolate or --traverse")
+    if args.interpolate and len(args.interpolate) != 2:
+        raise UserError("--interpolate takes two photographs, or none for ways between samples")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. `argv` is the command line, by default the process's own."""
     args = _parser().parse_args(argv)
-    if args.num < 1 or args.batch_size < 1:
-        raise UserError("--num and --batch-size must be at least 1")
-    if args.temperature < 0:
-        raise UserError(f"--temperature is {args.temperature}; it must not be negative")
-    if args.out.suffix.lower() != ".png":
-        raise UserError(f"--out {args.out}: must end in .png")
+    _check(args)
 
     import torch
     from PIL import Image
 
-    from vae_scale.models.vae import VAE
+    from vae_scale.models.vae import VAE, Sampler
     from vae_scale.training import checkpoint, pictures
 
-    folder = checkpoint.newest(args.run)
-    if folder is None:
-        raise UserError(f"--run {args.run}: has no checkpoint yet; train it with python -m vae_scale.train --run {args.run}")
+    folder = checkpoint.newest_of(args.run, "--run")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VAE.from_pretrained(folder, "ema.safetensors").to(device)
-    columns = None
-    if args.reconstruct:
-        images, columns = _reconstructions(model, folder, args), 8
-        told = "held-out images, each followed by its reconstruction"
-    elif args.interpolate:
-        images, columns = _interpolations(model, args), args.num
-        told = "interpolations between samples"
-    else:
-        images = model.sample(args.num, args.seed, args.temperature, args.batch_size, args.prior)
-        told = f"samples at temperature {args.temperature:g} from the prior {model.name_prior(args.prior)}"
-    pictures.save_grid(images, args.out, columns)
+    sampler = Sampler(args.steps, args.solver, _label(model, args.label), args.guidance)
+    images, columns, told = _draw(model, folder, sampler, args)
+    pictures.save_grid(images, args.out, args.grid or columns)
     if args.save_images:
         args.save_images.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(pictures.to_uint8(images)):
             Image.fromarray(image).save(args.save_images / f"{number:06d}.png")
+    if args.gif:
+        if args.interpolate is None and not args.traverse:
+            pictures.animate_files(sorted((args.run / "samples").glob("samples_*.png")), args.gif)
+        else:
+            pictures.animate_ways(images.unflatten(0, (-1, args.num)), args.gif)
     print(f"{args.out}: {told}, from {folder}")
 
 
-def _interpolations(model: "VAE", args: argparse.Namespace) -> "Tensor":
-    """ROWS rows of `--num` images each, from one sample to the next."""
-    import torch
-
-    from vae_scale.models.vae import slerp
-
-    latents = model.draw_latents(2 * ROWS, args.seed, args.temperature, args.prior)
-    ways = torch.linspace(0, 1, args.num)
-    path = torch.stack(
-        [slerp(first, last, float(way)) for first, last in zip(*latents.split(ROWS), strict=True) for way in ways]
-    )
-    return model.decode_all(path, args.batch_size)
-
-
-def _reconstructions(model: "VAE", checkpoint_folder: Path, args: argparse.Namespace) -> "Tensor":
-    """`--num` held-out images, each followed by its reconstruction."""
-    import torch
-
+def _draw(model: "VAE", folder: Path, sampler: "Sampler", args: argparse.Namespace) -> tuple["Tensor", int | None, str]:
+    """The images wanted, in how many columns, and what they are."""
     from vae_scale.data.shards import ShardSet
-    from vae_scale.data.stream import Reader
-    from vae_scale.training import checkpoint, pictures
-    from vae_scale.training.evaluation import read_images
-    from vae_scale.training.objective import to_model
+    from vae_scale.training import checkpoint, gallery
 
-    state, _ = checkpoint.load(checkpoint_folder)
-    data = state["config"]["data"]
-    shards = ShardSet.open(args.shards or data["shards"]).select(data["test"])
-    rows = range(min(args.num, len(shards)))
-    originals = to_model(read_images(Reader(shards, keep=1), rows))
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        parts = [model.reconstruct(part.to(device)).cpu() for part in originals.split(args.batch_size)]
-    return pictures.side_by_side(originals, torch.cat(parts))
+    def draw(num: int) -> "Tensor":
+        return model.draw_latents(num, args.seed, args.temperature, args.prior, sampler, args.batch_size)
+
+    prior = f"the prior {model.name_prior(args.prior, sampler)}"
+    if args.reconstruct or args.neighbours:
+        data = checkpoint.load(folder)[0]["config"]["data"]
+        shards = ShardSet.open(args.shards or data["shards"])
+        if args.reconstruct:
+            told = "held-out images, each followed by its reconstruction"
+            return gallery.reconstructions(model, shards.select(data["test"]), args.num, args.batch_size), 8, told
+        from vae_scale.metrics.features import load_extractor
+
+        extractor = load_extractor("efficientnet_lite0")
+        samples = model.decode_all(draw(args.num), args.batch_size)
+        seen = shards.select(*(name.strip() for name in data["train"].split(",")))
+        told = f"samples from {prior}, each followed by the training images most like it"
+        return gallery.neighbours(samples, seen, extractor, args.batch_size), gallery.NEIGHBOURS + 1, told
+    if args.traverse:
+        return gallery.traversals(model, draw, args.num, args.batch_size), args.num, f"main directions of {prior}"
+    if args.interpolate is not None:
+        photographs = [Path(name) for name in args.interpolate]
+        ends = gallery.encode_photographs(model, photographs) if photographs else draw(2 * gallery.ROWS)
+        told = f"the way from {photographs[0]} to {photographs[1]}" if photographs else "interpolations between samples"
+        return gallery.interpolations(model, ends, args.num, args.batch_size), args.num, told
+    told = f"samples at temperature {args.temperature:g} from {prior}"
+    return model.decode_all(draw(args.num), args.batch_size), None, told
+
+
+def _label(model: "VAE", wanted: str | None) -> int | None:
+    """The number of the class `wanted`, given by name or number."""
+    if wanted is None:
+        return None
+    names = list(model.class_names)
+    if not names:
+        raise UserError("--class: this model has no flow that knows classes; leave it out")
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdigit() and int(wanted) < len(names):
+        return int(wanted)
+    raise UserError(f"--class {wanted}: not one of {', '.join(names)}, nor a number below {len(names)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def _describe(config: Config) -> None:
     import torch
 
     from vae_scale.data.shards import ShardSet
-    from vae_scale.models.vae import build
+    from vae_scale.models.networks import build
     from vae_scale.training.launching import resolve_precision
 
     processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -192,6 +192,11 @@ class ShardSet:
         """Number of the first sample of each shard, and the number of all samples at the end: int64 [shards + 1]."""
         return np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
 
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Label of each sample; -1 for none: int64 [samples]."""
+        return np.concatenate([np.asarray(shard.labels, np.int64) for shard in self.shards])
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 

@@ -1,13 +1,14 @@
 """Variational autoencoders of images."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from einops.layers.torch import Rearrange
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -16,24 +17,16 @@ from torch import Tensor, nn
 
 from vae_scale.config import VAEConfig, as_dict, model_from_dict
 from vae_scale.errors import UserError
-from vae_scale.models.blocks import (
-    Attention,
-    Downsample,
-    ResBlock,
-    Upsample,
-    conv,
-    depth_to_space,
-    norm,
-    space_to_depth,
-)
+from vae_scale.models.critic import Critic
+from vae_scale.models.flow import Flow, Solver
 from vae_scale.models.likelihoods import make_likelihood
 from vae_scale.models.prior import GaussianMixture
 from vae_scale.randomness import noise_of_each
 
 SOFT_CLAMP = 5.0  # bound of log sigma, reached smoothly (NVAE, Vahdat & Kautz, 2020)
-FIRST_LOG_SIGMA = -2.0
+CRITIC = "critic."  # of its weights, which only training needs
 WEIGHTS, CONFIG, MIXTURE = "model.safetensors", "config.json", "mixture.safetensors"
-Prior = Literal["auto", "normal", "gmm"]
+Prior = Literal["auto", "normal", "gmm", "flow"]
 
 
 @dataclass
@@ -57,6 +50,11 @@ class Posterior:
         kl = 0.5 * (self.mean.square() + (2 * self.log_sigma).exp() - 1) - self.log_sigma
         return kl.flatten(2).sum(2)
 
+    def log_ratio(self, noise: Tensor) -> Tensor:
+        """log p(latent) - log q(latent | image) of `sample(noise)` under p = N(0, I), in nats per image: [b]."""
+        ratio = self.log_sigma + 0.5 * (noise.square() - self.sample(noise).square())
+        return ratio.flatten(1).sum(1)
+
 
 @dataclass
 class Terms:
@@ -65,17 +63,36 @@ class Terms:
     Attributes:
         log_prob: log p(image | latent): [b].
         kl: KL(q || p) of each latent channel: [b, c].
+        log_ratio: log p(latent) - log q(latent | image) of the latent that was drawn: [b].
         output: The decoder's output: [b, likelihood.channels, h, w].
     """
 
     log_prob: Tensor
     kl: Tensor
+    log_ratio: Tensor
     output: Tensor
 
     @property
     def elbo(self) -> Tensor:
         """Evidence lower bound in nats per image: [b]."""
         return self.log_prob - self.kl.sum(1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the flow is followed from noise to a latent.
+
+    Attributes:
+        steps: Of the solver.
+        solver: euler evaluates the flow once per step, heun twice.
+        label: Class wanted; None for any.
+        guidance: How strongly the class is wanted; 1 as it was learned.
+    """
+
+    steps: int = 25
+    solver: Solver = "heun"
+    label: int | None = None
+    guidance: float = 1.0
 
 
 class VAE(nn.Module):
@@ -90,7 +107,10 @@ class VAE(nn.Module):
 
     Attributes:
         likelihood: p(image | latent).
-        mixture: The learned prior, once one was fitted.
+        mixture: The learned prior of the first stage, once one was fitted.
+        flow: The learned prior of the second stage, once one was trained.
+        class_names: Of the labels that the flow knows.
+        critic: What the decoder was trained against, if it was.
     """
 
     def __init__(
@@ -106,6 +126,9 @@ class VAE(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.likelihood = make_likelihood(config.likelihood, config.scale)
         self.mixture: GaussianMixture | None = None
+        self.flow: Flow | None = None
+        self.class_names: tuple[str, ...] = ()
+        self.critic: Critic | None = None
 
     @property
     def dimensions(self) -> int:
@@ -129,25 +152,57 @@ class VAE(nn.Module):
         """The terms of the ELBO, estimated with one latent per image; `noise` is N(0, I) in the latents' shape."""
         posterior = self.encode(images)
         output = self.decoder(posterior.sample(noise))
-        return Terms(self.likelihood.log_prob(output, images), posterior.kl(), output)
+        return Terms(self.likelihood.log_prob(output, images), posterior.kl(), posterior.log_ratio(noise), output)
 
-    def draw_latents(self, num: int, seed: int = 0, temperature: float = 1.0, prior: Prior = "auto") -> Tensor:
+    def choose_prior(self, prior: Prior = "auto") -> Prior:
+        """The prior to draw from: `prior` itself, or for auto the best that the model has.
+
+        Raises:
+            UserError: there is no such prior.
+        """
+        has = {"flow": self.flow is not None, "gmm": self.mixture is not None, "normal": True}
+        best: Prior = next(name for name in ("flow", "gmm", "normal") if has[name])
+        if prior != "auto" and not has[prior]:
+            raise UserError(f"prior {prior}: this model has none; use prior {best}")
+        return best if prior == "auto" else prior
+
+    def draw_latents(
+        self,
+        num: int,
+        seed: int = 0,
+        temperature: float = 1.0,
+        prior: Prior = "auto",
+        sampler: Sampler | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
         """Latents of a prior, on the CPU: [num, *latent_shape]. The i-th depends on `seed` and i alone.
 
         Raises:
             UserError: there is no such prior.
         """
-        if prior == "gmm" and self.mixture is None:
-            raise UserError("prior gmm: this model has none; use prior normal")
-        if prior == "normal" or self.mixture is None:
-            return temperature * noise_of_each(range(num), self.latent_shape, seed, "sample")
-        return self.mixture.draw(num, seed, temperature).reshape(num, *self.latent_shape)
+        prior = self.choose_prior(prior)
+        if prior == "gmm":
+            assert self.mixture is not None
+            return self.mixture.draw(num, seed, temperature).reshape(num, *self.latent_shape)
+        noise = temperature * noise_of_each(range(num), self.latent_shape, seed, "sample")
+        if prior == "normal":
+            return noise
+        assert self.flow is not None
+        sampler, device = sampler or Sampler(), next(self.parameters()).device
+        label = torch.full((num,), self.flow.classes if sampler.label is None else sampler.label)
+        parts = zip(noise.split(batch_size), label.split(batch_size), strict=True)
+        draw = partial(self.flow.draw, guidance=sampler.guidance, steps=sampler.steps, solver=sampler.solver)
+        return torch.cat([draw(part.to(device), which.to(device)).cpu() for part, which in parts])
 
-    def name_prior(self, prior: Prior = "auto") -> str:
+    def name_prior(self, prior: Prior = "auto", sampler: Sampler | None = None) -> str:
         """What `draw_latents` draws from."""
-        if prior == "normal" or self.mixture is None:
-            return "N(0, I)"
-        return f"mixture of {len(self.mixture.weights)} Gaussians"
+        prior, sampler = self.choose_prior(prior), sampler or Sampler()
+        if prior == "flow":
+            return f"rectified flow ({sampler.steps} {sampler.solver} steps)"
+        if prior == "gmm":
+            assert self.mixture is not None
+            return f"mixture of {len(self.mixture.weights)} Gaussians"
+        return "N(0, I)"
 
     @torch.inference_mode()
     def decode_all(self, latents: Tensor, batch_size: int = 64) -> Tensor:
@@ -155,17 +210,26 @@ class VAE(nn.Module):
         device = next(self.parameters()).device
         return torch.cat([self.decode(part.to(device)).float().cpu() for part in latents.split(batch_size)])
 
-    def sample(self, num: int, seed: int = 0, temperature: float = 1.0, batch_size: int = 64, prior: Prior = "auto") -> Tensor:
+    def sample(
+        self,
+        num: int,
+        seed: int = 0,
+        temperature: float = 1.0,
+        batch_size: int = 64,
+        prior: Prior = "auto",
+        sampler: Sampler | None = None,
+    ) -> Tensor:
         """New images, on the CPU: [num, 3, side, side].
 
         Args:
             num: How many.
             seed: Image i depends on it and on i alone, not on `num` or `batch_size`.
-            temperature: Scale of the latents; below 1 gives more typical images.
+            temperature: Scale of the noise; below 1 gives more typical images.
             batch_size: Images decoded at a time.
-            prior: normal for N(0, I), gmm for the mixture, auto for the best that the model has.
+            prior: normal for N(0, I), gmm for the mixture, flow, or auto for the best that the model has.
+            sampler: How the flow is followed.
         """
-        return self.decode_all(self.draw_latents(num, seed, temperature, prior), batch_size)
+        return self.decode_all(self.draw_latents(num, seed, temperature, prior, sampler, batch_size), batch_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json`, `model.safetensors` and the prior into `folder`, which `from_pretrained` reads."""
@@ -178,7 +242,15 @@ class VAE(nn.Module):
 
     def describe(self) -> dict[str, object]:
         """What `config.json` holds."""
-        return {"library": "vae_scale", "resolution": self.resolution, "model": as_dict(self.config)}
+        described: dict[str, object] = {"library": "vae_scale", "resolution": self.resolution, "model": as_dict(self.config)}
+        if self.flow is not None:
+            described["flow"] = {"width": self.flow.width, "depth": self.flow.depth, "classes": list(self.class_names)}
+        return described
+
+    def add_flow(self, width: int, depth: int, class_names: Sequence[str]) -> Flow:
+        """Gives the model an untrained flow over its latents, in place of any it had."""
+        self.flow, self.class_names = Flow(width, depth, self.latent_shape, len(class_names)), tuple(class_names)
+        return self.flow
 
     def push_to_hub(self, repo: str, private: bool = False) -> str:
         """Uploads the model to the repository `repo` of the Hugging Face Hub; returns its address."""
@@ -208,12 +280,16 @@ class VAE(nn.Module):
                 folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, weights, MIXTURE]))
             except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
                 raise UserError(f"{name}: neither a folder nor a model on the Hub ({type(error).__name__})") from None
+        from vae_scale.models.networks import build
+
         try:
             description = json.loads((folder / CONFIG).read_text())
             config = model_from_dict(description["model"], str(folder / CONFIG))
             model = build(config, int(description["resolution"]))
+            if flow := description.get("flow"):
+                model.add_flow(int(flow["width"]), int(flow["depth"]), [str(name) for name in flow["classes"]])
             state = load_file(folder / weights)
-            model.load_state_dict(state)
+            model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(CRITIC)})
             if (folder / MIXTURE).is_file():
                 model.mixture = GaussianMixture(**load_file(folder / MIXTURE))
         except FileNotFoundError as error:
@@ -225,24 +301,6 @@ class VAE(nn.Module):
         return model.eval()
 
 
-class ResNetVAE(VAE):
-    """A residual encoder and decoder around a map of latents, or around one latent vector.
-
-    The first layer folds `patch` x `patch` pixels into channels, so that no convolution works at full resolution,
-    where most time would go for little.
-    """
-
-    def __init__(self, config: VAEConfig, resolution: int) -> None:
-        side = resolution // config.factor
-        vector = config.latent == "vector"
-        widths = [config.width * multiplier for multiplier in config.multipliers]
-        encoder = _Encoder(config, widths, side)
-        outputs = make_likelihood(config.likelihood, config.scale).channels
-        decoder = _Decoder(config, widths, side, outputs)
-        shape = (config.latent_channels, 1, 1) if vector else (config.latent_channels, side, side)
-        super().__init__(config, resolution, shape, encoder, decoder)
-
-
 def slerp(first: Tensor, last: Tensor, way: float) -> Tensor:
     """The latent `way` (0 to 1) along the great circle from `first` to `last` (White, 2016).
 
@@ -251,69 +309,3 @@ def slerp(first: Tensor, last: Tensor, way: float) -> Tensor:
     cosine = F.cosine_similarity(first.flatten(), last.flatten(), dim=0).clamp(-1 + 1e-6, 1 - 1e-6)
     angle = torch.acos(cosine)
     return (torch.sin((1 - way) * angle) * first + torch.sin(way * angle) * last) / torch.sin(angle)
-
-
-def _flat(c: int, side: int) -> Rearrange:
-    return Rearrange("b c h w -> b (c h w)", c=c, h=side, w=side)
-
-
-class _Encoder(nn.Module):
-    def __init__(self, config: VAEConfig, widths: list[int], side: int) -> None:
-        super().__init__()
-        self.patch = config.patch
-        self.stem = conv(3 * config.patch**2, widths[0])
-        layers: list[nn.Module] = []
-        for level, width in enumerate(widths):
-            if level:
-                layers.append(Downsample(widths[level - 1], width))
-            layers += [ResBlock(width) for _ in range(config.blocks)]
-        if config.attention:
-            layers.append(Attention(widths[-1]))
-        self.layers = nn.Sequential(*layers)
-        self.norm = norm(widths[-1])
-        outputs = 2 * config.latent_channels
-        last: nn.Linear | nn.Conv2d
-        if config.latent == "vector":
-            last = nn.Linear(widths[-1] * side**2, outputs)
-            self.head: nn.Module = nn.Sequential(_flat(widths[-1], side), last, Rearrange("b c -> b c 1 1"))
-        else:
-            self.head = last = conv(widths[-1], outputs, size=1)
-        # Posteriors start narrow. With a map of latents the first hundred steps went further so (a single run: 0.4% fewer
-        # nats); with a vector it made no difference.
-        assert last.bias is not None
-        nn.init.constant_(last.bias[config.latent_channels :], FIRST_LOG_SIGMA)
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = self.layers(self.stem(space_to_depth(images, self.patch)))
-        return self.head(F.silu(self.norm(hidden)))
-
-
-class _Decoder(nn.Module):
-    def __init__(self, config: VAEConfig, widths: list[int], side: int, outputs: int) -> None:
-        super().__init__()
-        self.patch = config.patch
-        if config.latent == "vector":
-            grid = Rearrange("b (c h w) -> b c h w", h=side, w=side)
-            flat = nn.Linear(config.latent_channels, widths[-1] * side**2)
-            self.stem: nn.Module = nn.Sequential(_flat(config.latent_channels, 1), flat, grid)
-        else:
-            self.stem = conv(config.latent_channels, widths[-1])
-        layers: list[nn.Module] = [Attention(widths[-1])] if config.attention else []
-        for level, width in reversed(list(enumerate(widths))):
-            layers += [ResBlock(width) for _ in range(config.blocks + 1)]
-            if level:
-                layers.append(Upsample(width, widths[level - 1]))
-        self.layers = nn.Sequential(*layers)
-        self.norm = norm(widths[0])
-        self.head = conv(widths[0], outputs * config.patch**2, zero=True)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        hidden = self.layers(self.stem(latents))
-        return depth_to_space(self.head(F.silu(self.norm(hidden))), self.patch)
-
-
-def build(config: VAEConfig, resolution: int) -> VAE:
-    """The network of a configuration, freshly initialised, for images of `resolution` pixels a side."""
-    from vae_scale.models.notebook import NotebookVAE
-
-    return (NotebookVAE if config.preset == "seed_notebook" else ResNetVAE)(config, resolution)

@@ -84,6 +84,18 @@ def load(folder: Path, *names: str) -> tuple[dict[str, Any], Tensors]:
         raise UserError(f"{folder}: cannot be read ({error}); delete it to use the one before") from None
 
 
+def newest_of(run: str | Path, option: str) -> Path:
+    """The newest whole checkpoint of the run that `option` names.
+
+    Raises:
+        UserError: it has none.
+    """
+    folder = newest(Path(run))
+    if folder is None:
+        raise UserError(f"{option} {run}: has no checkpoint yet; train it with python -m vae_scale.train --run {run}")
+    return folder
+
+
 class Writer:
     """Writes a run's checkpoints in a thread, one at a time, while training goes on."""
 

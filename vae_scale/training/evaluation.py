@@ -1,6 +1,5 @@
-"""How well a model describes images it was not trained on, and where the latents of images lie."""
+"""How well a model describes images it was not trained on."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from vae_scale.data.plan import evaluation_rows
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.stream import Reader
-from vae_scale.models.prior import LARGEST, GaussianMixture
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import noise_of_each
 from vae_scale.training.objective import bits_per_dim, to_model
@@ -42,47 +40,6 @@ def read_images(reader: Reader, rows: range) -> Tensor:
     images = np.empty((len(rows), *reader.shards.image_shape), np.uint8)
     reader.gather(np.arange(rows.start, rows.stop), images)
     return torch.from_numpy(images)
-
-
-@torch.no_grad()
-def fit_prior(
-    model: VAE,
-    shards: ShardSet,
-    images: int,
-    batch: int,
-    seed: int,
-    processes: Processes = ALONE,
-) -> GaussianMixture | None:
-    """The learned prior of a model: a mixture over the latents of `images` images spread evenly over a set.
-
-    Args:
-        model: In evaluation mode.
-        shards: The images it was trained on.
-        images: How many, at most.
-        batch: Images at a time and rank.
-        seed: Keys the fit.
-        processes: Those that share the work. Rank 0 alone fits the mixture.
-
-    Returns:
-        The mixture; None on other ranks, and where latents are too long for one.
-    """
-    if math.prod(model.latent_shape) > LARGEST:
-        return None
-    images, device = min(images, len(shards)), next(model.parameters()).device
-    chosen = np.linspace(0, len(shards) - 1, images).astype(np.int64)
-    reader = Reader(shards, keep=1)
-    buffer = np.empty((batch, *shards.image_shape), np.uint8)
-    found = []
-    for rows, weights in evaluation_rows(images, batch, processes.rank, processes.ranks):
-        reader.gather(chosen[rows], buffer)
-        posterior = model.encode(to_model(torch.from_numpy(buffer).to(device)))
-        latents = torch.stack([posterior.mean, posterior.log_sigma.exp()], 1).flatten(2)
-        counted = processes.gather(torch.from_numpy(weights).to(device)) > 0
-        found.append(processes.gather(latents)[counted])
-    if processes.rank:
-        return None
-    mean, sigma = torch.cat(found).unbind(1)
-    return GaussianMixture.fit(mean, sigma, seed)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Images as pictures."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vae_scale.data.shards import Images
+from vae_scale.errors import UserError
 
 
 def to_uint8(images: Tensor) -> Images:
@@ -20,9 +22,34 @@ def to_uint8(images: Tensor) -> Images:
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """Writes images [b, 3, h, w] in [-1, 1] as one PNG, by default about as wide as high."""
-    grid = make_grid(images.float().cpu(), columns or round(len(images) ** 0.5), padding=2, pad_value=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_uint8(grid[None])[0]).save(path)
+    _grid(images, columns or round(len(images) ** 0.5)).save(path)
+
+
+def animate_ways(ways: Tensor, path: Path) -> None:
+    """Writes ways [r, steps, 3, h, w] as a GIF that goes along all of them at once, there and back."""
+    frames = [_grid(step, round(len(ways) ** 0.5)) for step in ways.unbind(1)]
+    _animate(frames + frames[-2:0:-1], path, milliseconds=120)
+
+
+def animate_files(files: Sequence[Path], path: Path) -> None:
+    """Writes pictures of one size as a GIF, one after the other.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not files:
+        raise UserError(f"--gif {path}: the run has no pictures in its folder samples yet")
+    _animate([Image.open(file).convert("RGB") for file in files], path, milliseconds=500)
+
+
+def _animate(frames: list[Image.Image], path: Path, milliseconds: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+
+
+def _grid(images: Tensor, columns: int) -> Image.Image:
+    return Image.fromarray(to_uint8(make_grid(images.float().cpu(), columns, padding=2, pad_value=1)[None])[0])
 
 
 def side_by_side(first: Tensor, second: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -18,20 +19,21 @@ from vae_scale.config import Config, as_dict, as_yaml, check_processes, check_re
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.stream import Batch, Reader, Stream
 from vae_scale.errors import UserError
-from vae_scale.models.vae import VAE, build
-from vae_scale.randomness import generator, key
+from vae_scale.models.vae import VAE
+from vae_scale.randomness import key
 from vae_scale.training import checkpoint, launching, pictures
 from vae_scale.training.ema import EMA
-from vae_scale.training.evaluation import Processes, evaluate, fit_prior, read_images
-from vae_scale.training.objective import Objective, bits_per_dim, to_model
-from vae_scale.training.schedules import kl_weight, learning_rate
+from vae_scale.training.evaluation import Processes, read_images
+from vae_scale.training.objective import to_model
+from vae_scale.training.schedules import learning_rate
+from vae_scale.training.stages import FlowStage, Stage, VAEStage, trained
 from vae_scale.training.tracking import Tracker
 
 PICTURED = 32  # held-out images shown beside their reconstructions
 
 
 class Trainer:
-    """Trains one VAE. Everything it does follows from the configuration and the number of images seen.
+    """Trains one stage of a VAE. Everything it does follows from the configuration and the number of images seen.
 
     Attributes:
         images_seen: Progress, in images, over all processes.
@@ -44,18 +46,21 @@ class Trainer:
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         check_processes(config, self.ranks)
         shards = ShardSet.open(config.data.shards)
-        check_resolution(config.model, shards.image_shape)
         self.train_set = shards.select(*config.data.train_splits)
         self.test_set = shards.select(config.data.test)
 
         told = ", ".join(f"{name} {count:,}" for name, count in self.train_set.splits.items())
         self._say(f"training on {told}; {len(self.test_set):,} images of {config.data.test} held out")
 
+        self.processes = Processes(
+            self.rank, self.ranks, lambda sums: self.accelerator.reduce(sums, "sum"), self.accelerator.gather
+        )
         torch.manual_seed(key(config.seed, "weights"))
-        self.model = build(config.model, shards.image_shape[0]).to(self.device).to(memory_format=torch.channels_last)
+        self.stage = self._choose_stage()
+        self.model = self.stage.model
         self.ema = EMA(self.model, config.train.ema)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.stage.groups(),
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
@@ -63,9 +68,7 @@ class Trainer:
         )
         self.images_seen = 0
         wandb_id = self._resume()
-        self.objective, self.stepper = self.accelerator.prepare(
-            Objective(self.model, config.objective.free_bits), self.optimizer
-        )
+        self.objective, self.stepper = self.accelerator.prepare(self.stage.objective, self.optimizer)
         self.forward = self._compiled(self.objective)
         self.stream = Stream(
             self.train_set,
@@ -84,11 +87,15 @@ class Trainer:
             (config.folder / "config.yaml").write_text(as_yaml(config))
         self.writer = checkpoint.Writer(config.folder, config.checkpoint.keep)
         self.tracker = Tracker(config, self.images_seen, wandb_id) if self.accelerator.is_main_process else None
-        self.processes = Processes(
-            self.rank, self.ranks, lambda sums: self.accelerator.reduce(sums, "sum"), self.accelerator.gather
-        )
-        self.sums = torch.zeros(5, device=self.device)
-        self.fitted_at = -1
+        self.sums = torch.zeros(self.stage.measured + 1, device=self.device)
+        self.evaluated_at = -1
+
+    def _choose_stage(self) -> Stage:
+        config = self.config
+        if config.prior.vae is not None:
+            return FlowStage(config, self.device, self.train_set, config.train.batch_size // self.ranks, self.processes)
+        check_resolution(config.model, self.train_set.image_shape)
+        return VAEStage(config, self.device, self.train_set)
 
     def run(self) -> None:
         """Trains until `train.images` images were seen."""
@@ -130,38 +137,34 @@ class Trainer:
         lr = learning_rate(config.optimizer, self.images_seen, config.train.images)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        beta = torch.tensor(kl_weight(config.objective, self.images_seen), device=self.device)
-        noise, flips = self._draws()
+        draws, arguments = self._draws(batch), self.stage.arguments(self.images_seen)
         pieces = config.train.accumulation
         size = len(batch.images) // pieces
-        measured = torch.zeros(4, device=self.device)
+        measured = torch.zeros(self.stage.measured, device=self.device)
         for piece in range(pieces):
             part = slice(piece * size, (piece + 1) * size)
+            drawn = {name: numbers[part] for name, numbers in draws.items()}
             last = piece == pieces - 1
             # Gradients of all processes are averaged with the last piece only.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
-                loss, values = self.forward(batch.images[part], flips[part], noise[part], beta)
+                loss, values = self.forward(batch.images[part], drawn, *arguments)
                 self.accelerator.backward(loss / pieces)
             measured += values / pieces
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or float("inf"))
+        limit = config.optimizer.clip or float("inf")
+        norm, *_ = [self.accelerator.clip_grad_norm_(group["params"], limit) for group in self.stepper.param_groups]
         self.stepper.step()
         self.stepper.zero_grad(set_to_none=True)
         measured = self.accelerator.reduce(measured, "mean")
-        self.model.likelihood.follow(measured[3])
+        self.stage.stepped(measured)
         self.ema.update(self.images_seen // config.train.batch_size + 1)
         self.sums += torch.cat([measured, norm.reshape(1)])
 
-    def _draws(self) -> tuple[Tensor, Tensor]:
-        """This process's share of the global batch's noise and flips, so that any number of processes draws the same."""
-        config = self.config
-        batch, share = config.train.batch_size, config.train.batch_size // self.ranks
+    def _draws(self, batch: Batch) -> dict[str, Tensor]:
+        """This process's share of the global batch's random numbers, so that any number of processes draws the same."""
+        share = self.config.train.batch_size // self.ranks
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        source = generator(self.device, config.seed, self.images_seen, "posterior")
-        noise = torch.randn((batch, *self.model.latent_shape), generator=source, device=self.device)[mine]
-        if not config.data.flip:
-            return noise, torch.zeros(share, dtype=torch.bool, device=self.device)
-        source = generator(self.device, config.seed, self.images_seen, "flip")
-        return noise, torch.rand(batch, generator=source, device=self.device)[mine] < 0.5
+        drawn = self.stage.draws(self.images_seen, self.config.train.batch_size)
+        return self.stage.labelled({name: numbers[mine] for name, numbers in drawn.items()}, batch.rows)
 
     def _begin_interval(self) -> None:
         self.sums.zero_()
@@ -172,20 +175,16 @@ class Trainer:
         """Means over the steps since the last call. The only place where the loop waits for the device."""
         began, seen = self.interval
         steps = (self.images_seen - seen) // self.config.train.batch_size
-        loss, reconstruction, kl, _, norm = (self.sums / steps).tolist()
+        *means, norm = (self.sums / steps).tolist()
         seconds = time.perf_counter() - began
-        if not loss - loss == 0:
+        if not math.isfinite(means[0]):
             raise UserError(
-                f"the loss became {loss} by image {self.images_seen:,}; lower optimizer.lr or optimizer.clip, or use "
+                f"the loss became {means[0]} by image {self.images_seen:,}; lower optimizer.lr or optimizer.clip, or use "
                 "train.precision fp32, and run again: training goes on from the last checkpoint"
             )
         config, speed = self.config, (self.images_seen - seen) / seconds
-        values = {
-            "train/loss": loss,
-            "train/nats": reconstruction + kl,
-            "train/reconstruction_nats": reconstruction,
-            "train/kl_nats": kl,
-            "train/beta": kl_weight(config.objective, self.images_seen),
+        values, shown = self.stage.logged(means, self.images_seen)
+        values |= {
             "train/lr": learning_rate(config.optimizer, self.images_seen, config.train.images),
             "train/grad_norm": norm,
             "train/epoch": self.images_seen / len(self.train_set),
@@ -193,23 +192,17 @@ class Trainer:
             "data/wait_share": self.stream.wait_seconds / seconds,
             "speed/memory_bytes": _memory(self.device),
         }
-        shown = f"loss {loss:,.0f} nats"
-        if self.model.likelihood.normalised:
-            values["train/bits_per_dim"] = bits_per_dim(reconstruction + kl, self.model.dimensions)
-            shown = f"{values['train/bits_per_dim']:.3f} bits/dim"
         bar.set_postfix_str(f"{shown}, {speed:,.0f} images/s, waits {values['data/wait_share']:.1%}")
         if self.tracker:
             self.tracker.log(self.images_seen, values)
         self._begin_interval()
 
     def _evaluate(self, bar: "tqdm[Any]") -> None:
-        """Measures the averaged model on held-out images, fits its prior, and draws reconstructions and samples."""
-        config, model = self.config, self.ema.model
-        share = config.train.batch_size // self.ranks // config.train.accumulation
+        """Measures the averaged model on held-out images, and draws reconstructions and samples."""
+        share = self.config.train.batch_size // self.ranks // self.config.train.accumulation
         with self.accelerator.autocast():
-            found = evaluate(model, self.test_set, config.evaluate.images, share, config.seed, self.processes)
-            model.mixture = fit_prior(model, self.train_set, config.evaluate.latents, share, config.seed, self.processes)
-        self.fitted_at = self.images_seen
+            found = self.stage.evaluate(self.ema.model, self.test_set, share, self.processes)
+        self.evaluated_at = self.images_seen
         if self.tracker:
             self.tracker.log(self.images_seen, {f"eval/{name}": value for name, value in found.items()})
             told = ", ".join(f"{name} {value:,.3f}" for name, value in found.items())
@@ -241,7 +234,7 @@ class Trainer:
             return
         optimizer = {
             f"{part}.{name}": value
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in trained(self.model)
             for part, value in self.optimizer.state[parameter].items()
         }
         scaler = self.accelerator.scaler
@@ -257,7 +250,7 @@ class Trainer:
         }
         tensors = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": optimizer}
         mixture = self.ema.model.mixture
-        if mixture and self.fitted_at == self.images_seen:  # one fitted to older weights would mislead
+        if mixture and self.evaluated_at == self.images_seen:  # one fitted to older weights would mislead
             tensors["mixture"] = vars(mixture)
         self.writer.save(self.images_seen, tensors, state, self.model.describe())
 
@@ -278,7 +271,7 @@ class Trainer:
             raise UserError(f"{folder}: was trained on other shards than {self.config.data.shards}; choose another --run")
         self.model.load_state_dict(tensors["model"])
         self.ema.model.load_state_dict(tensors["ema"])
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained(self.model):
             for part in ("step", "exp_avg", "exp_avg_sq"):
                 saved = tensors["optimizer"][f"{part}.{name}"]
                 like = parameter.detach() if saved.ndim else torch.zeros((), device=self.device)
@@ -317,7 +310,8 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """The options that a run cannot change on its way: its network, and what decides the order of images."""
     network = {f"model.{name}": value for name, value in config["model"].items()}
     order = {f"data.{name}": config["data"][name] for name in ("train", "window")}
-    return network | order | {"seed": config["seed"]}
+    flow = {f"prior.{name}": config["prior"][name] for name in ("width", "depth") if config["prior"]["vae"] is not None}
+    return network | order | flow | {"seed": config["seed"], "prior.vae": config["prior"]["vae"] is not None}
 
 
 def _memory(device: torch.device) -> float:

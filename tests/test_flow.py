@@ -1,0 +1,191 @@
+"""The rectified-flow prior: the network, its training as a second stage, and sampling from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COUNTS, TINY
+from safetensors.torch import load_file
+
+from launch import losses, train
+from vae_scale.config import parse
+from vae_scale.errors import UserError
+from vae_scale.models.flow import AUGMENTATIONS, Flow
+from vae_scale.models.vae import VAE, Posterior, Sampler
+from vae_scale.training import checkpoint
+from vae_scale.training.trainer import Trainer
+
+SHAPE = (3, 4, 4)
+FLOW = ["--prior.width=64", "--prior.depth=2", "--track.tracker=none"]
+
+
+def small_flow(classes: int = 2) -> Flow:
+    torch.manual_seed(0)
+    flow = Flow(64, 2, SHAPE, classes)
+    for parameter in flow.parameters():  # zeros at the start would hide what depends on what
+        torch.nn.init.normal_(parameter, std=0.1)
+    return flow
+
+
+@pytest.fixture(scope="module")
+def vae(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    Trainer(parse([f"--data.shards={shards}", f"--run={folder}", *TINY, "--track.tracker=none", "--train.images=240"])[0]).run()
+    return folder
+
+
+def words(shards: Path, vae: Path, run: Path, *more: object) -> list[str]:
+    return [f"--data.shards={shards}", f"--run={run}", *TINY, *FLOW, f"--prior.vae={vae}", *map(str, more)]
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (5, 1, 1), (2, 3, 3)])
+def test_a_velocity_has_the_shape_of_its_latent_and_starts_at_zero(shape: tuple[int, int, int]) -> None:
+    flow = Flow(64, 2, shape, 2)
+    z = torch.randn(5, *shape)
+    velocity = flow(z, torch.rand(5), torch.tensor([0, 1, 2, 2, 0]), torch.zeros(5, AUGMENTATIONS))
+    assert velocity.shape == z.shape
+    assert not velocity.any()
+
+
+def test_time_label_augmentation_and_place_matter_and_other_images_do_not() -> None:
+    flow = small_flow()
+    z, time, label, plain = (
+        torch.randn(2, *SHAPE),
+        torch.tensor([0.3, 0.6]),
+        torch.tensor([0, 1]),
+        torch.zeros(2, AUGMENTATIONS),
+    )
+    velocity = flow(z, time, label, plain)
+    assert torch.allclose(flow(z[:1], time[:1], label[:1], plain[:1]), velocity[:1], atol=1e-5)
+    for other in (
+        flow(z, time + 0.2, label, plain),
+        flow(z, time, label + 1, plain),
+        flow(z, time, label, plain + 1),
+        flow(z.flip(3), time, label, plain).flip(3),
+    ):
+        assert (other - velocity).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_more_steps_come_closer_to_where_the_flow_leads(solver: str) -> None:
+    flow, noise, label = small_flow(), torch.randn(4, *SHAPE), torch.full((4,), 2)
+    exact = flow.draw(noise, label, 1.0, 300, "heun")
+    error = [(flow.draw(noise, label, 1.0, steps, solver) - exact).abs().mean() for steps in (2, 8, 32)]  # type: ignore[arg-type]
+    assert error[0] > error[1] > error[2]
+
+
+def test_heun_is_closer_than_euler_and_guidance_changes_the_class_only() -> None:
+    flow, noise = small_flow(), torch.randn(4, *SHAPE)
+    none, first = torch.full((4,), 2), torch.zeros(4, dtype=torch.long)
+    exact = flow.draw(noise, first, 1.0, 300, "heun")
+    heun, euler = ((flow.draw(noise, first, 1.0, 16, solver) - exact).abs().mean() for solver in ("heun", "euler"))
+    assert heun < euler
+    assert not torch.allclose(flow.draw(noise, first, 3.0, 8, "heun"), flow.draw(noise, first, 1.0, 8, "heun"))
+    assert torch.allclose(flow.draw(noise, none, 3.0, 8, "heun"), flow.draw(noise, none, 1.0, 8, "heun"), atol=1e-5)
+
+
+def test_normalising_is_undone_in_sampling() -> None:
+    flow = Flow(64, 1, SHAPE, 0)  # its velocity is zero: a draw is the noise itself, put back
+    flow.shift, flow.scale = torch.randn(3, 1, 1), torch.rand(3, 1, 1) + 0.5
+    noise = torch.randn(2, *SHAPE)
+    drawn = flow.draw(noise, torch.zeros(2, dtype=torch.long), 1.0, 3, "heun")
+    assert torch.allclose(flow.normalise(drawn), noise, atol=1e-5)
+
+
+def test_a_flow_learns_a_distribution_that_is_not_normal() -> None:
+    """Two points, at +1 and -1 in every number: samples must lie at either, and about as often."""
+    torch.manual_seed(0)
+    flow = Flow(64, 2, (1, 2, 2), 0)
+    optimizer = torch.optim.Adam(flow.parameters(), 2e-3)
+    nothing = torch.zeros(128, dtype=torch.long)
+    for _ in range(400):
+        latent = (torch.randint(0, 2, (128, 1, 1, 1)) * 2.0 - 1).expand(128, 1, 2, 2)
+        start, time = torch.randn(128, 1, 2, 2), torch.randn(128).sigmoid()
+        way = time[:, None, None, None]
+        velocity = flow((1 - way) * latent + way * start, time, nothing, torch.zeros(128, AUGMENTATIONS))
+        loss = (velocity - (start - latent)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = flow.draw(torch.randn(512, 1, 2, 2), torch.zeros(512, dtype=torch.long), 1.0, 25, "heun")
+    assert (drawn.abs() - 1).abs().mean() < 0.15
+    assert 0.4 < (drawn[:, 0, 0, 0] > 0).float().mean() < 0.6
+    assert (drawn.flatten(1).sign().sum(1).abs() == 4).float().mean() > 0.95
+
+
+def test_the_second_stage_learns_and_leaves_the_vae_alone(shards: Path, vae: Path, tmp_path: Path) -> None:
+    run = tmp_path / "flow"
+    trainer = Trainer(parse(words(shards, vae, run, "--train.images=960", "--evaluate.every=240", "--data.crop=0.2"))[0])
+    trainer.run()
+    folder, before = checkpoint.newest(run), checkpoint.newest(vae)
+    assert folder is not None
+    assert before is not None
+    frozen, weights = load_file(before / "ema.safetensors"), load_file(folder / "ema.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in frozen.items())
+    assert {name.split(".")[0] for name in weights.keys() - frozen.keys()} == {"flow"}
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    errors = [line["eval/velocity_error"] for line in found if "eval/velocity_error" in line]
+    assert errors[-1] < errors[0] - 0.1
+
+    model = VAE.from_pretrained(folder, "ema.safetensors")
+    assert model.name_prior() == "rectified flow (25 heun steps)"
+    assert model.class_names == tuple(trainer.train_set.class_names)
+    drawn = model.sample(3, seed=1, sampler=Sampler(steps=3))
+    assert drawn.shape == (3, 3, 96, 96)
+    assert torch.allclose(model.sample(2, seed=1, sampler=Sampler(steps=3), batch_size=1), drawn[:2], atol=1e-4)
+    assert not torch.allclose(model.sample(3, seed=1, sampler=Sampler(steps=3, label=0, guidance=4)), drawn, atol=1e-3)
+    assert model.name_prior("gmm").startswith("mixture") == (model.mixture is not None)
+
+
+def test_latents_are_normalised_by_the_aggregate_posterior(shards: Path, vae: Path, tmp_path: Path) -> None:
+    trainer = Trainer(parse(words(shards, vae, tmp_path, "--train.images=12", "--evaluate.latents=150"))[0])
+    model, flow = trainer.model, trainer.model.flow
+    assert flow is not None
+    assert len(trainer.train_set) == COUNTS["train"] + COUNTS["unlabeled"]
+    from vae_scale.data.stream import Reader
+    from vae_scale.training.evaluation import read_images
+    from vae_scale.training.objective import to_model
+
+    with torch.no_grad():
+        posterior: Posterior = model.encode(to_model(read_images(Reader(trainer.train_set, keep=1), range(150))))
+    drawn = torch.cat([posterior.sample(torch.randn_like(posterior.mean)) for _ in range(20)])
+    normal = flow.normalise(drawn)
+    assert normal.mean((0, 2, 3)).abs().max() < 0.02
+    assert (normal.std((0, 2, 3)) - 1).abs().max() < 0.02
+
+
+def test_the_second_stage_resumes_bit_for_bit(shards: Path, vae: Path, tmp_path: Path) -> None:
+    more = ("--train.images=180", "--train.log_every=1", "--checkpoint.every=60")
+    Trainer(parse(words(shards, vae, tmp_path / "whole", *more))[0]).run()
+    Trainer(parse(words(shards, vae, tmp_path / "broken", *more))[0]).run()
+    for folder in checkpoint.checkpoints(tmp_path / "broken")[1:]:
+        (folder / "model.safetensors").write_bytes(b"torn")
+    Trainer(parse(words(shards, vae, tmp_path / "broken", *more))[0]).run()
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    whole, again = (load_file(checkpoint.folder_of(tmp_path / name, 180) / "ema.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_one_and_two_processes_train_the_second_stage_alike(shards: Path, vae: Path, tmp_path: Path) -> None:
+    more = ("--train.images=60", "--train.log_every=1")
+    for processes in (1, 2):
+        train(processes, *words(shards, vae, tmp_path / str(processes), *more))
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
+    assert len(one) == 5
+
+
+def test_a_second_stage_without_a_first_is_refused(shards: Path, vae: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prior\.vae .*nowhere: has no checkpoint yet"):
+        Trainer(parse(words(shards, tmp_path / "nowhere", tmp_path / "run"))[0])
+    Trainer(parse(words(shards, vae, tmp_path / "run", "--train.images=12"))[0]).run()
+    with pytest.raises(UserError, match=r"another prior\.depth;"):
+        Trainer(parse(words(shards, vae, tmp_path / "run", "--train.images=24", "--prior.depth=3"))[0])
+
+
+def test_a_prior_that_a_model_lacks_is_refused(vae: Path) -> None:
+    folder = checkpoint.newest(vae)
+    assert folder is not None
+    with pytest.raises(UserError, match="prior flow: this model has none"):
+        VAE.from_pretrained(folder).sample(1, prior="flow")

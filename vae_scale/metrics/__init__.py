@@ -1,0 +1,1 @@
+"""What images are like, measured: they know tensors, and neither models nor data."""
