@@ -22,7 +22,7 @@ FLOW = ["--prior.width=64", "--prior.depth=2", "--track.tracker=none"]
 
 def small_flow(classes: int = 2) -> Flow:
     torch.manual_seed(0)
-    flow = Flow(64, 2, SHAPE, classes)
+    flow = Flow(64, 2, 2, SHAPE, classes)
     for parameter in flow.parameters():  # zeros at the start would hide what depends on what
         torch.nn.init.normal_(parameter, std=0.1)
     return flow
@@ -41,7 +41,7 @@ def words(shards: Path, vae: Path, run: Path, *more: object) -> list[str]:
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (5, 1, 1), (2, 3, 3)])
 def test_a_velocity_has_the_shape_of_its_latent_and_starts_at_zero(shape: tuple[int, int, int]) -> None:
-    flow = Flow(64, 2, shape, 2)
+    flow = Flow(64, 2, 1, shape, 2)
     z = torch.randn(5, *shape)
     velocity = flow(z, torch.rand(5), torch.tensor([0, 1, 2, 2, 0]), torch.zeros(5, AUGMENTATIONS))
     assert velocity.shape == z.shape
@@ -86,7 +86,7 @@ def test_heun_is_closer_than_euler_and_guidance_changes_the_class_only() -> None
 
 
 def test_normalising_is_undone_in_sampling() -> None:
-    flow = Flow(64, 1, SHAPE, 0)  # its velocity is zero: a draw is the noise itself, put back
+    flow = Flow(64, 1, 2, SHAPE, 0)  # its velocity is zero: a draw is the noise itself, put back
     flow.shift, flow.scale = torch.randn(3, 1, 1), torch.rand(3, 1, 1) + 0.5
     noise = torch.randn(2, *SHAPE)
     drawn = flow.draw(noise, torch.zeros(2, dtype=torch.long), 1.0, 3, "heun")
@@ -96,7 +96,7 @@ def test_normalising_is_undone_in_sampling() -> None:
 def test_a_flow_learns_a_distribution_that_is_not_normal() -> None:
     """Two points, at +1 and -1 in every number: samples must lie at either, and about as often."""
     torch.manual_seed(0)
-    flow = Flow(64, 2, (1, 2, 2), 0)
+    flow = Flow(64, 2, 1, (1, 2, 2), 0)
     optimizer = torch.optim.Adam(flow.parameters(), 2e-3)
     nothing = torch.zeros(128, dtype=torch.long)
     for _ in range(400):

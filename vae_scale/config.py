@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from vae_scale.errors import UserError, one_line
 
-Preset = Literal["tiny", "small", "base", "large", "seed_notebook"]
+Preset = Literal["tiny", "small", "base", "large", "ladder", "kl", "seed_notebook"]
 Network = Literal["resnet", "ladder", "kl", "seed_notebook"]
 
 # One line per model. A preset only moves defaults: a YAML file and the command line are stronger.
@@ -24,6 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"patch": 4, "width": 64, "multipliers": [1, 2, 4], "blocks": 1, "latent_channels": 16},
     "base": {"patch": 2, "width": 128, "multipliers": [1, 2, 4], "blocks": 2, "latent_channels": 8, "attention": True},
     "large": {"patch": 2, "width": 192, "multipliers": [1, 2, 4], "blocks": 3, "latent_channels": 8, "attention": True},
+    "ladder": {"network": "ladder", "patch": 2, "width": 64, "multipliers": [1, 2, 3, 4], "blocks": 2, "latent_channels": 8},
+    "kl": {"network": "kl", "width": 128, "multipliers": [1, 2, 4, 4], "blocks": 2, "latent_channels": 4},
     "seed_notebook": {"network": "seed_notebook", "latent": "vector", "latent_channels": 10, "likelihood": "mse"},
 }
 
@@ -33,7 +35,7 @@ class VAEConfig:
     """The network. `preset` fills in the others; each can be set on its own as well.
 
     Attributes:
-        preset: Named size: tiny (tests), small (CPU), base, large, or the seed notebook's own network.
+        preset: Named size: tiny (tests), small (CPU), base, large, ladder, kl (Stable Diffusion's), or the seed notebook's.
         network: resnet (residual encoder and decoder), ladder (a hierarchy of latents), kl (the autoencoder of latent
             diffusion, which diffusers can load), or the seed notebook's.
         patch: Side of the square of pixels the first layer folds into channels (space to depth).
@@ -137,12 +139,14 @@ class PriorConfig:
         vae: Run of the VAE whose latents the flow learns; null to train a VAE.
         width: Channels of the flow's transformer, a multiple of 64.
         depth: Blocks of the transformer.
+        patch: Side of the square of latents that is one token.
         hide_label: Share of labelled images learned without their label, so that guidance has something to compare with.
     """
 
     vae: str | None = None
     width: int = 512
     depth: int = 12
+    patch: int = 1
     hide_label: float = 0.1
 
 
@@ -323,6 +327,7 @@ def check(config: Config) -> None:
         "objective.critic_width": config.objective.critic_width,
         "data.prefetch": config.data.prefetch,
         "prior.depth": config.prior.depth,
+        "prior.patch": config.prior.patch,
         "optimizer.lr": config.optimizer.lr,
         "train.images": train.images,
         "train.batch_size": train.batch_size,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae_scale.models.blocks import conv
+from vae_scale.models.blocks import conv, depth_to_space, space_to_depth
 
 AUGMENTATIONS = 6  # numbers that say how an image was augmented, all 0 for one that was not
 HEAD = 64  # channels of an attention head
@@ -26,7 +26,8 @@ class Flow(nn.Module):
     Args:
         width: Channels of its tokens, a multiple of 64.
         depth: Blocks.
-        latent_shape: (c, h, w).
+        patch: Side of the square of latents that is one token.
+        latent_shape: (c, h, w); h and w multiples of `patch`.
         classes: Class labels; the label `classes` itself stands for none.
 
     Attributes:
@@ -38,21 +39,21 @@ class Flow(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, width: int, depth: int, latent_shape: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, width: int, depth: int, patch: int, latent_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
-        self.width, self.depth, self.classes = width, depth, classes
+        self.width, self.depth, self.patch, self.classes = width, depth, patch, classes
         channels, height, columns = latent_shape
         self.register_buffer("shift", torch.zeros(channels, 1, 1))
         self.register_buffer("scale", torch.ones(channels, 1, 1))
-        self.stem = conv(channels, width, size=3 if height > 1 else 1)
-        self.place = nn.Parameter(0.02 * torch.randn(height * columns, width))
+        self.stem = conv(channels * patch**2, width, size=3 if height > patch else 1)
+        self.place = nn.Parameter(0.02 * torch.randn(height * columns // patch**2, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width)
         self.augmentation = nn.Linear(AUGMENTATIONS, width, bias=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
         self.last = nn.Parameter(torch.zeros(2, width))
-        self.head = nn.Linear(width, channels)
+        self.head = nn.Linear(width, channels * patch**2)
         nn.init.normal_(self.label.weight, std=0.02)
         nn.init.normal_(self.augmentation.weight, std=0.02)
         for layer in (self.modulation[1], self.head):  # at the start every block is the identity, and the velocity is zero
@@ -78,11 +79,11 @@ class Flow(nn.Module):
         """
         condition = self.time(_waves(time, self.width)) + self.label(label) + self.augmentation(augmentation)
         modulation = rearrange(self.modulation(condition), "b (n c) -> n b 1 c", n=6)
-        x = rearrange(self.stem(z), "b c h w -> b (h w) c") + self.place
+        x = rearrange(self.stem(space_to_depth(z, self.patch)), "b c h w -> b (h w) c") + self.place
         for block in self.blocks:
             x = block(x, modulation)
         x = F.layer_norm(x, x.shape[-1:]) * (1 + self.last[0] + condition[:, None]) + self.last[1]
-        return rearrange(self.head(x), "b (h w) c -> b c h w", h=z.shape[2])
+        return depth_to_space(rearrange(self.head(x), "b (h w) c -> b c h w", h=z.shape[2] // self.patch), self.patch)
 
     @torch.no_grad()
     def draw(self, noise: Tensor, label: Tensor, guidance: float, steps: int, solver: Solver) -> Tensor:

@@ -244,12 +244,13 @@ class VAE(nn.Module):
         """What `config.json` holds."""
         described: dict[str, object] = {"library": "vae_scale", "resolution": self.resolution, "model": as_dict(self.config)}
         if self.flow is not None:
-            described["flow"] = {"width": self.flow.width, "depth": self.flow.depth, "classes": list(self.class_names)}
+            described["flow"] = {"width": self.flow.width, "depth": self.flow.depth, "patch": self.flow.patch}
+            described["classes"] = list(self.class_names)
         return described
 
-    def add_flow(self, width: int, depth: int, class_names: Sequence[str]) -> Flow:
+    def add_flow(self, width: int, depth: int, patch: int, class_names: Sequence[str]) -> Flow:
         """Gives the model an untrained flow over its latents, in place of any it had."""
-        self.flow, self.class_names = Flow(width, depth, self.latent_shape, len(class_names)), tuple(class_names)
+        self.flow, self.class_names = Flow(width, depth, patch, self.latent_shape, len(class_names)), tuple(class_names)
         return self.flow
 
     def push_to_hub(self, repo: str, private: bool = False) -> str:
@@ -287,7 +288,8 @@ class VAE(nn.Module):
             config = model_from_dict(description["model"], str(folder / CONFIG))
             model = build(config, int(description["resolution"]))
             if flow := description.get("flow"):
-                model.add_flow(int(flow["width"]), int(flow["depth"]), [str(name) for name in flow["classes"]])
+                names = [str(name) for name in description["classes"]]
+                model.add_flow(int(flow["width"]), int(flow["depth"]), int(flow["patch"]), names)
             state = load_file(folder / weights)
             model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(CRITIC)})
             if (folder / MIXTURE).is_file():

@@ -171,7 +171,10 @@ class FlowStage(Stage):
         self.model.requires_grad_(False).to(memory_format=torch.channels_last)
         config.model = self.model.config
         self.labels = torch.from_numpy(train_set.labels).to(device)
-        flow = self.model.add_flow(config.prior.width, config.prior.depth, train_set.class_names).to(device)
+        prior = config.prior
+        if self.model.latent_shape[1] % prior.patch:
+            raise UserError(f"prior.patch is {prior.patch}; the latents are {self.model.latent_shape[1]} a side")
+        flow = self.model.add_flow(prior.width, prior.depth, prior.patch, train_set.class_names).to(device)
         flow.shift, flow.scale = measure_latents(self.model, train_set, config.evaluate.latents, batch, processes)
         self.objective = FlowMatching(self.model, config)
 

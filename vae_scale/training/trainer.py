@@ -310,7 +310,9 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """The options that a run cannot change on its way: its network, and what decides the order of images."""
     network = {f"model.{name}": value for name, value in config["model"].items()}
     order = {f"data.{name}": config["data"][name] for name in ("train", "window")}
-    flow = {f"prior.{name}": config["prior"][name] for name in ("width", "depth") if config["prior"]["vae"] is not None}
+    flow = {
+        f"prior.{name}": config["prior"][name] for name in ("width", "depth", "patch") if config["prior"]["vae"] is not None
+    }
     return network | order | flow | {"seed": config["seed"], "prior.vae": config["prior"]["vae"] is not None}
 
 
