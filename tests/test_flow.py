@@ -126,7 +126,7 @@ def test_the_second_stage_learns_and_leaves_the_vae_alone(shards: Path, vae: Pat
     assert {name.split(".")[0] for name in weights.keys() - frozen.keys()} == {"flow"}
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     errors = [line["eval/velocity_error"] for line in found if "eval/velocity_error" in line]
-    assert errors[-1] < errors[0] - 0.1
+    assert errors[-1] < errors[0] < 1.5  # a flow that knows nothing has 2, the variances of noise and latent together
 
     model = VAE.from_pretrained(folder, "ema.safetensors")
     assert model.name_prior() == "rectified flow (25 heun steps)"

@@ -10,8 +10,13 @@ from PIL import Image
 
 from vae_scale import ResNetVAE
 from vae_scale.config import parse
+from vae_scale.data.shards import ShardSet
+from vae_scale.data.stream import Reader
+from vae_scale.metrics.features import load_extractor
 from vae_scale.sample import main
-from vae_scale.training import checkpoint, pictures
+from vae_scale.training import checkpoint, gallery, pictures
+from vae_scale.training.evaluation import read_images
+from vae_scale.training.objective import to_model
 from vae_scale.training.trainer import train
 
 
@@ -19,7 +24,7 @@ from vae_scale.training.trainer import train
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     words = [f"--data.shards={shards}", f"--run={folder}", *TINY, "--track.tracker=none", "--model.latent=vector"]
-    train(parse([*words, "--train.images=480"])[0])
+    train(parse([*words, "--train.images=480", "--evaluate.every=240"])[0])
     return folder
 
 
@@ -84,6 +89,63 @@ def test_interpolations_begin_and_end_at_samples(run: Path, tmp_path: Path) -> N
     assert np.abs(grid[2:98, 394:490] - pixels(tmp_path / "ends" / "000008.png")).max() <= 2
 
 
+def test_a_way_between_photographs_begins_and_ends_at_their_reconstructions(run: Path, tmp_path: Path) -> None:
+    from conftest import discs
+
+    wide = np.zeros((96, 130, 3), np.uint8)  # cut square around its middle
+    wide[:, 17:113] = discs(2, 5)[0]
+    Image.fromarray(wide).save(tmp_path / "first.png")
+    Image.fromarray(discs(2, 5)[1]).save(tmp_path / "last.png")
+    ends = [str(tmp_path / f"{name}.png") for name in ("first", "last")]
+    main([f"--run={run}", "--num=5", f"--out={tmp_path / 'way.png'}", f"--gif={tmp_path / 'way.gif'}", "--interpolate", *ends])
+    folder = checkpoint.newest(run)
+    assert folder is not None
+    model = ResNetVAE.from_pretrained(folder, weights="ema.safetensors")
+    with torch.inference_mode():
+        rebuilt = pictures.to_uint8(model.reconstruct(to_model(torch.from_numpy(discs(2, 5)))))
+    grid = pixels(tmp_path / "way.png")
+    assert grid.shape == (98 + 2, 5 * 98 + 2, 3)
+    assert np.abs(grid[2:98, 2:98] - rebuilt[0]).max() <= 2
+    assert np.abs(grid[2:98, 394:490] - rebuilt[1]).max() <= 2
+    with Image.open(tmp_path / "way.gif") as way:
+        assert way.n_frames == 8  # five there, three back
+
+
+def test_a_traversal_goes_through_one_sample_in_different_directions(run: Path, tmp_path: Path) -> None:
+    main([f"--run={run}", "--num=5", f"--out={tmp_path / 't.png'}", "--traverse"])
+    main([f"--run={run}", "--num=1", f"--out={tmp_path / 'x.png'}", f"--save-images={tmp_path}"])
+    grid = pixels(tmp_path / "t.png")
+    rows = grid[:-2].reshape(-1, 98, *grid.shape[1:])[:, 2:, :-2].reshape(-1, 96, 5, 98, 3).transpose(0, 2, 1, 3, 4)[..., 2:, :]
+    assert rows.shape[0] == 4  # as many directions as latent numbers
+    assert np.abs(rows[:, 2] - pixels(tmp_path / "000000.png")).max() <= 2
+    moved = np.abs(rows - rows[:, 2:3]).mean((2, 3, 4))
+    assert moved[0, 0] > moved[0, 1] > 0.1
+    assert moved[0, [0, 4]].sum() > moved[-1, [0, 4]].sum()  # the first direction matters most
+
+
+def test_neighbours_are_the_training_images_most_like_each_sample(run: Path, shards: Path, tmp_path: Path) -> None:
+    main([f"--run={run}", "--num=2", f"--out={tmp_path / 'n.png'}", "--neighbours"])
+    grid = pixels(tmp_path / "n.png")
+    assert grid.shape == (2 * 98 + 2, 6 * 98 + 2, 3)
+    found = ShardSet.open(shards).select("train", "unlabeled")
+    everything = read_images(Reader(found, keep=1), range(len(found))).numpy().astype(int)
+    for column in range(1, 6):
+        shown = grid[2:98, 98 * column + 2 : 98 * column + 98]
+        assert (everything == shown).all((1, 2, 3)).any()
+    # A training image itself has itself as its nearest.
+    extractor = load_extractor("efficientnet_lite0")
+    own = gallery.neighbours(to_model(torch.from_numpy(everything[7:9].astype(np.uint8))), found, extractor, 32)
+    assert torch.allclose(own[0], own[1], atol=1e-6)
+    assert torch.allclose(own[6], own[7], atol=1e-6)
+    assert not torch.allclose(own[0], own[2], atol=1e-2)
+
+
+def test_the_samples_of_training_become_an_animation(run: Path, tmp_path: Path) -> None:
+    main([f"--run={run}", "--num=1", f"--out={tmp_path / 'x.png'}", f"--gif={tmp_path / 'x.gif'}", "--grid=1"])
+    with Image.open(tmp_path / "x.gif") as animation:
+        assert animation.n_frames == len(list((run / "samples").glob("samples_*.png"))) == 2
+
+
 def test_reconstructions_stand_beside_held_out_images(run: Path, shards: Path, tmp_path: Path) -> None:
     from conftest import discs
 
@@ -100,6 +162,10 @@ def test_reconstructions_stand_beside_held_out_images(run: Path, shards: Path, t
         (["--run=/nowhere", "--out=x.jpg"], "must end in .png"),
         (["--run=/nowhere", "--out=x.png", "--num=0"], "--num"),
         (["--run=/nowhere", "--out=x.png", "--temperature=-1"], "--temperature"),
+        (["--run=/nowhere", "--out=x.png", "--interpolate", "only_one.png"], "--interpolate takes two"),
+        (["--run=/nowhere", "--out=x.png", "--gif=x.png"], "must end in .gif"),
+        (["--run=/nowhere", "--out=x.png", "--gif=x.gif", "--reconstruct"], "--gif animates"),
+        (["--run=/nowhere", "--out=x.png", "--steps=0"], "--steps"),
     ],
 )
 def test_mistakes_are_told_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,3 +176,16 @@ def test_mistakes_are_told_in_one_line(options: list[str], message: str, capsys:
     assert error.startswith("error:")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_what_a_model_lacks_or_cannot_read_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    for options, message in (
+        (["--prior=flow"], "prior flow: this model has none; use prior gmm"),
+        (["--class=cat"], "--class: this model has no flow"),
+        (["--interpolate", str(tmp_path / "text.png"), str(tmp_path / "text.png")], "text.png: cannot be read as an image"),
+    ):
+        with pytest.raises(SystemExit):
+            main([f"--run={run}", f"--out={tmp_path / 'x.png'}", *options])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()

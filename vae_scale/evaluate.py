@@ -102,7 +102,7 @@ def _measure(args: argparse.Namespace, device: "torch.device", processes: "Proce
     from vae_scale.training import checkpoint
     from vae_scale.training.assessment import decoded_features, describe, reference_features
 
-    found = 0 if processes.rank else _newest(args.run)
+    found = 0 if processes.rank else checkpoint.images_of(checkpoint.newest_of(args.run, "--run"))
     images_seen = int(processes.add_up(torch.tensor(found, device=device)))  # rank 0 decides for all
     folder = checkpoint.folder_of(args.run, images_seen)
     state, _ = checkpoint.load(folder)
@@ -135,7 +135,7 @@ def _measure(args: argparse.Namespace, device: "torch.device", processes: "Proce
         return report
     report |= {"samples": samples, "prior": prior, "temperature": args.temperature}
     reference = reference_features(extractor, shards, images, batch, processes, device)
-    latents = model.draw_latents(samples, args.seed, args.temperature, args.prior, sampler)
+    latents = model.draw_latents(samples, args.seed, args.temperature, args.prior, sampler, args.batch_size)
     drawn = decoded_features(model, extractor, latents, drawn_batch, processes)
     if reference is not None and drawn is not None:
         name = "fid" if extractor.name == "inception" else "frechet_distance"
@@ -145,16 +145,6 @@ def _measure(args: argparse.Namespace, device: "torch.device", processes: "Proce
         report[f"reconstruction_{name}"] = frechet_distance(reconstructions, real)
         report |= compare(reference, drawn)
     return report
-
-
-def _newest(run: Path) -> int:
-    """The images seen by the newest whole checkpoint of a run."""
-    from vae_scale.training import checkpoint
-
-    folder = checkpoint.newest(run)
-    if folder is None:
-        raise UserError(f"--run {run}: has no checkpoint yet; train it with python -m vae_scale.train --run {run}")
-    return checkpoint.images_of(folder)
 
 
 def _shards(args: argparse.Namespace, data: dict[str, Any], model: "VAE") -> "ShardSet":

@@ -63,7 +63,7 @@ def load_lpips(device: torch.device | str = "cpu") -> Perceptual:
     """
     path = downloads() / ALEXNET
     if not path.is_file():
-        raise UserError(f"needs {path}, from https://download.pytorch.org/models/{ALEXNET}")
+        raise UserError(f"needs {path}, torchvision's weights of AlexNet")
     module = needed("lpips")
     checked(path, ALEXNET_SHA256)
     with warnings.catch_warnings():
