@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = runs/demo
+MINUTES ?= 30
 
-.PHONY: demo test check clean
+.PHONY: demo quality test check clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m vae_scale.pack --source photos --out data/demo
@@ -18,6 +19,11 @@ demo: $(VENV)/demo
 	@echo "Reconstructions:   $(DEMO)/reconstructions.png"
 	@echo "As it learned:     $(DEMO)/samples/"
 
+# Minutes of CPU for each way to generate images, on photographs in STL-10's binary layout.
+quality: $(VENV)/quality
+	@test -n "$(PHOTOS)" || { echo "error: make quality PHOTOS=DIR, a folder of binaries in STL-10's layout" >&2; exit 2; }
+	$(BIN)/python tests/quality.py --photos "$(PHOTOS)" --cpu-minutes $(MINUTES)
+
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
 
@@ -26,7 +32,7 @@ check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/demo $(VENV)/dev: pyproject.toml
+$(VENV)/demo $(VENV)/dev $(VENV)/quality: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[$(@F)]"
 	touch $@

@@ -15,6 +15,7 @@ from vae_scale import ResNetVAE
 from vae_scale.config import PRESETS, Config, ObjectiveConfig, VAEConfig
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import Attention, ResBlock, depth_to_space, space_to_depth
+from vae_scale.models.ladder import LadderVAE
 from vae_scale.models.likelihoods import LEVELS_PER_UNIT, Classic, LogisticMixture, Scaled
 from vae_scale.models.networks import build
 from vae_scale.models.prior import GaussianMixture
@@ -30,7 +31,7 @@ def tiny(**options: object) -> VAE:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("latent", ["spatial", "vector"])
 def test_every_preset_maps_images_to_latents_and_back(preset: str, latent: str) -> None:
-    options = PRESETS[preset] | {"latent": latent} if preset != "seed_notebook" else PRESETS[preset]
+    options = PRESETS[preset] | ({"latent": latent} if PRESETS[preset].get("network", "resnet") == "resnet" else {})
     with torch.device("meta"):
         config = VAEConfig(preset=preset, **options)  # type: ignore[arg-type]
         model = build(config, 96)
@@ -40,8 +41,9 @@ def test_every_preset_maps_images_to_latents_and_back(preset: str, latent: str) 
         assert model.reconstruct(images).shape == images.shape
         terms = model(images, torch.empty(2, *model.latent_shape))
         assert terms.elbo.shape == (2,)
-        assert terms.kl.shape == (2, config.latent_channels)
-    if latent == "vector" or preset == "seed_notebook":
+        layers = len(model.sizes) if isinstance(model, LadderVAE) else config.latent_channels
+        assert terms.kl.shape == (2, layers)
+    if (latent == "vector" and config.network == "resnet") or config.network in ("seed_notebook", "ladder"):
         assert model.latent_shape[1:] == (1, 1)
     else:
         assert model.latent_shape[1:] == (96 // config.factor,) * 2

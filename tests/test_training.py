@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from launch import ACCELERATE, command, environment, losses, train
 from vae_scale.config import parse
+from vae_scale.models.vae import VAE
 from vae_scale.training import checkpoint
 from vae_scale.training.trainer import Trainer
 
@@ -145,6 +146,33 @@ def test_golden_losses(shards: Path, tmp_path: Path, likelihood: str) -> None:
     words = ("--train.images=60", "--train.log_every=1", f"--model.likelihood={likelihood}", "--objective.beta_warmup=30")
     in_process(*options(shards, tmp_path, *words))
     assert list(losses(tmp_path).values()) == pytest.approx(GOLDEN[likelihood], rel=2e-4)
+
+
+GOLDEN_NETWORKS = {
+    ("--model.preset=ladder", "--model.patch=8", "--model.width=16", "--model.blocks=1", "--model.latent_channels=2"): [
+        152166.2,
+        151948.1,
+        152437.8,
+        153358.3,
+        155177.6,
+    ],
+    ("--model.preset=kl", "--model.width=8", "--model.multipliers=[1,1,2,2]", "--model.blocks=1"): [
+        153050.4,
+        153096.2,
+        153649.6,
+        154328.4,
+        156078.2,
+    ],
+}
+
+
+@pytest.mark.parametrize("network", GOLDEN_NETWORKS, ids=lambda network: network[0].split("=")[1])
+def test_golden_losses_of_the_other_networks(shards: Path, tmp_path: Path, network: tuple[str, ...]) -> None:
+    in_process(*options(shards, tmp_path, "--train.images=60", "--train.log_every=1", *network))
+    assert list(losses(tmp_path).values()) == pytest.approx(GOLDEN_NETWORKS[network], rel=2e-4)
+    folder = checkpoint.newest(tmp_path)
+    assert folder is not None
+    assert VAE.from_pretrained(folder, "ema.safetensors").sample(2).shape == (2, 3, 96, 96)
 
 
 def test_the_seed_notebooks_vae_trains_here(shards: Path, tmp_path: Path) -> None:

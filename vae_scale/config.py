@@ -377,6 +377,8 @@ def check(config: Config) -> None:
     if config.objective.critic:
         key = "objective.adversarial" if config.objective.adversarial else "objective.perceptual"
         _require(model.likelihood in ("gaussian", "laplace"), key, "goes with model.likelihood gaussian or laplace")
+    if model.network in ("ladder", "kl"):
+        _require(model.latent == "spatial", "model.latent", f"vector goes with network resnet, not {model.network}")
     if model.network == "seed_notebook":
         classic = model.likelihood in ("mse", "bce") and model.latent == "vector"
         _require(classic, "model.network", "seed_notebook goes with latent vector and likelihood mse or bce")

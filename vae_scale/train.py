@@ -23,23 +23,32 @@ def _describe(config: Config) -> None:
     import os
 
     import torch
+    from torch import nn
 
     from vae_scale.data.shards import ShardSet
     from vae_scale.models.networks import build
+    from vae_scale.models.vae import VAE
+    from vae_scale.training import checkpoint
     from vae_scale.training.launching import resolve_precision
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
     check_processes(config, processes)
     shards = ShardSet.open(config.data.shards)
-    check_resolution(config.model, shards.image_shape)
     images = len(shards.select(*config.data.train_splits))
     held_out = len(shards.select(config.data.test))
-    with torch.device("meta"):
-        model = build(config.model, shards.image_shape[0])
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained: nn.Module
+    if config.prior.vae is None:
+        check_resolution(config.model, shards.image_shape)
+        with torch.device("meta"):
+            model = trained = build(config.model, shards.image_shape[0])
+    else:
+        model = VAE.from_pretrained(checkpoint.newest_of(config.prior.vae, "prior.vae"), "ema.safetensors")
+        config.model = model.config
+        trained = model.add_flow(config.prior.width, config.prior.depth, config.prior.patch, shards.class_names)
+    parameters = sum(parameter.numel() for parameter in trained.parameters())
     batch = config.train.batch_size
     print(as_yaml(config))
-    print(f"model        {type(model).__name__}, {parameters:,} parameters, latent {'x'.join(map(str, model.latent_shape))}")
+    print(f"model        {type(trained).__name__}, {parameters:,} parameters, latent {'x'.join(map(str, model.latent_shape))}")
     # weights, gradients, two moments and the average, all in fp32
     print(f"memory       {5 * 4 * parameters / 2**20:,.0f} MiB per process for weights and optimizer, besides activations")
     print(f"images       {images:,} to train on, {held_out:,} held out")
