@@ -80,6 +80,8 @@ class ELBO(Objective):
             return (loss + heard * push) / self.model.dimensions + critic_loss, torch.stack(measured)
         return loss / self.model.dimensions, torch.stack(measured)
 
+    # The compiler takes no gradients within a forward pass.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _criticised(self, x: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
         """A term whose gradient pushes the decoder's images where the critic wants them, and the critic's own loss.
 
@@ -90,11 +92,12 @@ class ELBO(Objective):
         """
         assert self.model.critic is not None
         rebuilt = self.model.likelihood.mean(terms.output)
-        shown = rebuilt.detach().requires_grad_()
+        shown = rebuilt.detach().float().requires_grad_()
         verdict, features = self.model.critic(shown)
         real, wanted = self.model.critic(x)
         critic_loss = F.relu(1 - real).mean() + F.relu(1 + verdict).mean()
-        pull = torch.autograd.grad(terms.log_prob.sum(), terms.output, retain_graph=True)[0].detach()
+        output = terms.output.detach().requires_grad_()
+        pull = torch.autograd.grad(self.model.likelihood.log_prob(output, x).sum(), output)[0]
         strength = pull.float().flatten(1).norm(dim=1)
         push = torch.zeros_like(shown)
         apart = sum(((ours - theirs.detach()).abs().flatten(1).mean(1) for ours, theirs in zip(features, wanted, strict=True)))
