@@ -47,7 +47,7 @@ def test_the_prior_does_not_depend_on_the_batch_size(model: VAE, shards: Path) -
     assert first is not None
     assert second is not None
     assert first.weights.shape == second.weights.shape
-    assert torch.allclose(first.draw(20, 0, 1.0), second.draw(20, 0, 1.0), atol=1e-2)
+    assert torch.allclose(first.draw(range(20), 0, 1.0), second.draw(range(20), 0, 1.0), atol=1e-2)
     assert fit_prior(model, train_set, 100, 9, 0, Processes(1, 2)) is None
 
 

@@ -288,11 +288,11 @@ def test_a_mixture_finds_the_clusters_of_the_latents() -> None:
     centres = torch.tensor([[4.0, 0.0], [-4.0, 1.0], [0.0, -5.0]])
     points = centres[torch.randint(3, (600,))] + 0.3 * torch.randn(600, 2)
     mixture = GaussianMixture.fit(points, torch.full_like(points, 0.1), seed=0)
-    drawn = mixture.draw(500, seed=1, temperature=1.0)
+    drawn = mixture.draw(range(500), seed=1, temperature=1.0)
     assert torch.cdist(drawn, centres).amin(1).max() < 2
     assert mixture.log_prob(drawn).mean() > mixture.log_prob(4 * torch.randn(500, 2)).mean() + 5
-    assert torch.equal(mixture.draw(7, 1, 1.0), drawn[:7])
-    cold = mixture.draw(500, seed=1, temperature=0.0)
+    assert torch.equal(mixture.draw(range(7), 1, 1.0), drawn[:7])
+    cold = mixture.draw(range(500), seed=1, temperature=0.0)
     assert len(cold.unique(dim=0)) <= len(mixture.weights)
 
 
@@ -312,5 +312,5 @@ def test_a_mixture_counts_the_spread_of_each_posterior() -> None:
     torch.manual_seed(0)
     mean = torch.cat([torch.randn(50, 1), 1e-3 * torch.randn(50, 1)], 1)
     mixture = GaussianMixture.fit(mean, torch.tensor([0.1, 1.0]).expand(50, 2), seed=0)
-    drawn = mixture.draw(4000, seed=0, temperature=1.0)
+    drawn = mixture.draw(range(4000), seed=0, temperature=1.0)
     assert drawn[:, 1].std().item() == pytest.approx(1, abs=0.1)

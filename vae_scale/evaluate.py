@@ -135,8 +135,11 @@ def _measure(args: argparse.Namespace, device: "torch.device", processes: "Proce
         return report
     report |= {"samples": samples, "prior": prior, "temperature": args.temperature}
     reference = reference_features(extractor, shards, images, batch, processes, device)
-    latents = model.draw_latents(samples, args.seed, args.temperature, args.prior, sampler, args.batch_size)
-    drawn = decoded_features(model, extractor, latents, drawn_batch, processes)
+
+    def draw(numbers: range) -> "torch.Tensor":
+        return model.draw_latents(numbers, args.seed, args.temperature, args.prior, sampler, drawn_batch)
+
+    drawn = decoded_features(model, extractor, draw, samples, drawn_batch, processes)
     if reference is not None and drawn is not None:
         name = "fid" if extractor.name == "inception" else "frechet_distance"
         reference, drawn = reference.to(device), drawn.to(device)

@@ -80,9 +80,9 @@ class GaussianMixture:
         """Log-density in nats: [n] from [n, d]."""
         return self._joint(points).logsumexp(1)
 
-    def draw(self, num: int, seed: int, temperature: float) -> Tensor:
-        """Latents [num, d]; the i-th depends on `seed` and i alone. `temperature` scales each component's spread."""
-        noise = noise_of_each(range(num), (self.means.shape[1] + 1,), seed, "mixture")
+    def draw(self, numbers: range, seed: int, temperature: float) -> Tensor:
+        """Latents [len(numbers), d]; that of number i depends on `seed` and i alone. `temperature` scales the spread."""
+        noise = noise_of_each(numbers, (self.means.shape[1] + 1,), seed, "mixture")
         which = torch.special.ndtr(noise[:, 0].double())
         chosen = torch.searchsorted(self.weights.double().cumsum(0), which).clamp(max=len(self.weights) - 1)
         spread = torch.einsum("nij,nj->ni", self.factors[chosen], noise[:, 1:])

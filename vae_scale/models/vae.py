@@ -168,28 +168,30 @@ class VAE(nn.Module):
 
     def draw_latents(
         self,
-        num: int,
+        num: int | range,
         seed: int = 0,
         temperature: float = 1.0,
         prior: Prior = "auto",
         sampler: Sampler | None = None,
         batch_size: int = 64,
     ) -> Tensor:
-        """Latents of a prior, on the CPU: [num, *latent_shape]. The i-th depends on `seed` and i alone.
+        """Latents of a prior, on the CPU: the first `num`, or those of the numbers given, [num, *latent_shape].
+
+        That of number i depends on `seed` and i alone. Only the flow works on `batch_size` at a time.
 
         Raises:
             UserError: there is no such prior.
         """
-        prior = self.choose_prior(prior)
+        prior, numbers = self.choose_prior(prior), range(num) if isinstance(num, int) else num
         if prior == "gmm":
             assert self.mixture is not None
-            return self.mixture.draw(num, seed, temperature).reshape(num, *self.latent_shape)
-        noise = temperature * noise_of_each(range(num), self.latent_shape, seed, "sample")
+            return self.mixture.draw(numbers, seed, temperature).reshape(-1, *self.latent_shape)
+        noise = temperature * noise_of_each(numbers, self.latent_shape, seed, "sample")
         if prior == "normal":
             return noise
         assert self.flow is not None
         sampler, device = sampler or Sampler(), next(self.parameters()).device
-        label = torch.full((num,), self.flow.classes if sampler.label is None else sampler.label)
+        label = torch.full((len(numbers),), self.flow.classes if sampler.label is None else sampler.label)
         parts = zip(noise.split(batch_size), label.split(batch_size), strict=True)
         draw = partial(self.flow.draw, guidance=sampler.guidance, steps=sampler.steps, solver=sampler.solver)
         return torch.cat([draw(part.to(device), which.to(device)).cpu() for part, which in parts])

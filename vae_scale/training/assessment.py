@@ -126,9 +126,22 @@ def reference_features(
 
 @torch.no_grad()
 def decoded_features(
-    model: VAE, extractor: Extractor, latents: Tensor, batch: int, processes: Processes = ALONE
+    model: VAE,
+    extractor: Extractor,
+    draw: Callable[[range], Tensor],
+    samples: int,
+    batch: int,
+    processes: Processes = ALONE,
 ) -> Tensor | None:
-    """Features of the images that latents [n, *latent_shape] decode to, fp32 [n, dimensions]; ranks share them.
+    """Features of samples 0..samples-1, fp32 [samples, dimensions]; ranks share them.
+
+    Args:
+        model: Decodes them.
+        extractor: Describes them.
+        draw: Latents of samples, by their numbers.
+        samples: How many.
+        batch: Samples at a time and rank.
+        processes: Those that share the work.
 
     Returns:
         Them, on the CPU; None on ranks other than 0.
@@ -136,8 +149,8 @@ def decoded_features(
     device = next(model.parameters()).device
 
     def found() -> Iterator[tuple[Tensor, Tensor]]:
-        for rows, weights in _told(evaluation_rows(len(latents), batch, processes.rank, processes.ranks), "samples", processes):
-            x = model.decode(latents[torch.from_numpy(rows)].to(device))
+        for rows, weights in _told(evaluation_rows(samples, batch, processes.rank, processes.ranks), "samples", processes):
+            x = model.decode(draw(range(int(rows[0]), int(rows[0]) + batch)).to(device))
             yield extractor(_pixels(x, device)), torch.from_numpy(weights).to(device)
 
     return _collect(found(), processes)

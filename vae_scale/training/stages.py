@@ -30,11 +30,13 @@ class Stage(ABC):
         model: All weights, the frozen ones of an earlier stage included.
         objective: From a share of a batch to the loss and what was measured.
         measured: Length of what was measured.
+        fits_mixture: Evaluation fits the mixture anew, since the latents have moved.
     """
 
     model: VAE
     objective: Objective
     measured: int
+    fits_mixture = False
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -90,6 +92,8 @@ def trained(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 
 class VAEStage(Stage):
     """The first stage: encoder and decoder."""
+
+    fits_mixture = True
 
     def __init__(self, config: Config, device: torch.device, train_set: ShardSet) -> None:
         super().__init__(config, device)

@@ -250,7 +250,8 @@ class Trainer:
         }
         tensors = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": optimizer}
         mixture = self.ema.model.mixture
-        if mixture and self.evaluated_at == self.images_seen:  # one fitted to older weights would mislead
+        fresh = self.evaluated_at == self.images_seen or not self.stage.fits_mixture
+        if mixture and fresh:  # one fitted to older weights would mislead
             tensors["mixture"] = vars(mixture)
         self.writer.save(self.images_seen, tensors, state, self.model.describe())
 
