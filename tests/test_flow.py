@@ -10,10 +10,15 @@ from safetensors.torch import load_file
 
 from launch import losses, train
 from vae_scale.config import parse
+from vae_scale.data.stream import Reader
 from vae_scale.errors import UserError
+from vae_scale.evaluate import main as evaluate
 from vae_scale.models.flow import AUGMENTATIONS, Flow
 from vae_scale.models.vae import VAE, Posterior, Sampler
+from vae_scale.sample import main as sample
 from vae_scale.training import checkpoint
+from vae_scale.training.evaluation import read_images
+from vae_scale.training.objective import to_model
 from vae_scale.training.trainer import Trainer
 
 SHAPE = (3, 4, 4)
@@ -138,15 +143,30 @@ def test_the_second_stage_learns_and_leaves_the_vae_alone(shards: Path, vae: Pat
     assert model.name_prior("gmm").startswith("mixture") == (model.mixture is not None)
 
 
+def test_a_run_of_the_second_stage_is_sampled_by_class_and_evaluated(
+    shards: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "flow", tmp_path / "x.png"
+    Trainer(parse(words(shards, vae, run, "--train.images=12"))[0]).run()
+    few = [f"--run={run}", "--steps=2", "--solver=euler"]
+    for wanted in ("cat", "3"):
+        sample([*few, "--num=2", f"--out={out}", f"--class={wanted}", "--guidance=2"])
+        assert "from the prior rectified flow (2 euler steps)" in capsys.readouterr().out
+    for wanted in ("unicorn", "10"):
+        with pytest.raises(SystemExit):
+            sample([*few, "--num=2", f"--out={out}", f"--class={wanted}"])
+        assert f"--class {wanted}: not one of airplane" in capsys.readouterr().err
+    evaluate([*few, "--images=10", "--samples=8", "--importance=1", "--prior=flow", f"--json={tmp_path / 'report.json'}"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["prior"] == "rectified flow (2 euler steps)"
+    assert report["frechet_distance"] > 0
+
+
 def test_latents_are_normalised_by_the_aggregate_posterior(shards: Path, vae: Path, tmp_path: Path) -> None:
     trainer = Trainer(parse(words(shards, vae, tmp_path, "--train.images=12", "--evaluate.latents=150"))[0])
     model, flow = trainer.model, trainer.model.flow
     assert flow is not None
     assert len(trainer.train_set) == COUNTS["train"] + COUNTS["unlabeled"]
-    from vae_scale.data.stream import Reader
-    from vae_scale.training.evaluation import read_images
-    from vae_scale.training.objective import to_model
-
     with torch.no_grad():
         posterior: Posterior = model.encode(to_model(read_images(Reader(trainer.train_set, keep=1), range(150))))
     drawn = torch.cat([posterior.sample(torch.randn_like(posterior.mean)) for _ in range(20)])

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from vae_scale.data.plan import Rows, evaluation_rows
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stream import Reader
 from vae_scale.metrics import cache
 from vae_scale.metrics.features import Extractor
 from vae_scale.metrics.frechet import Moments
@@ -20,7 +19,7 @@ from vae_scale.metrics.reconstruction import Perceptual, psnr, ssim
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import noise_of_each
 from vae_scale.training import pictures
-from vae_scale.training.evaluation import ALONE, Processes
+from vae_scale.training.evaluation import ALONE, Processes, batches
 from vae_scale.training.objective import bits_per_dim, to_model
 
 ACTIVE = 0.01  # variance of a latent's posterior mean over images, above which it is in use (Burda et al., 2016, sec. 5.2)
@@ -64,8 +63,8 @@ def describe(
     images, device = min(images, len(shards)), next(model.parameters()).device
     means = _Means()
     moments = Moments(extractor.dimensions, device) if extractor else None
-    for rows, pixels, weights in _batches(shards, images, batch, processes, device, "reconstructions"):
-        x, numbers = to_model(pixels), range(int(rows[0]), int(rows[0]) + batch)
+    for numbers, pixels, weights in batches(shards, images, batch, processes, device, bar="reconstructions"):
+        x = to_model(pixels)
         log_weights = []
         for draw in range(max(1, importance)):
             # The first is the noise of `evaluate`, so that a run's curves and this report agree.
@@ -117,8 +116,8 @@ def reference_features(
     known = None if processes.rank else cache.read(path, (images, extractor.dimensions))
     if processes.add_up(torch.tensor(float(known is not None), device=device)):  # rank 0 decides for all
         return known
-    batches = _batches(shards, images, batch, processes, torch.device(device), "reference")
-    features = _collect(((extractor(pixels), weights) for _, pixels, weights in batches), processes)
+    found = batches(shards, images, batch, processes, torch.device(device), bar="reference")
+    features = _collect(((extractor(pixels), weights) for _, pixels, weights in found), processes)
     if features is not None:
         cache.write(path, features)
     return features
@@ -149,7 +148,8 @@ def decoded_features(
     device = next(model.parameters()).device
 
     def found() -> Iterator[tuple[Tensor, Tensor]]:
-        for rows, weights in _told(evaluation_rows(samples, batch, processes.rank, processes.ranks), "samples", processes):
+        plan = evaluation_rows(samples, batch, processes.rank, processes.ranks)
+        for rows, weights in tqdm(plan, "samples", unit=" batches", disable=processes.rank > 0):
             x = model.decode(draw(range(int(rows[0]), int(rows[0]) + batch)).to(device))
             yield extractor(_pixels(x, device)), torch.from_numpy(weights).to(device)
 
@@ -173,30 +173,10 @@ class _Means:
         return {name: add_up(total) / images for name, total in self._sums.items()}
 
 
-def _told(batches: list[Batch], doing: str, processes: Processes) -> "tqdm[Batch]":
-    """The batches, with a progress bar on rank 0."""
-    return tqdm(batches, desc=doing, unit=" batches", disable=processes.rank > 0)
-
-
-def _batches(
-    shards: ShardSet, images: int, batch: int, processes: Processes, device: torch.device, doing: str
-) -> Iterator[tuple[Rows, Tensor, Tensor]]:
-    """This rank's share of the first `images` of a set.
-
-    Yields:
-        For each batch the numbers of its images, the images, uint8 [batch, h, w, 3], and weights [batch], 0 for padding.
-    """
-    reader = Reader(shards, keep=1)
-    buffer = np.empty((batch, *shards.image_shape), np.uint8)
-    for rows, weights in _told(evaluation_rows(images, batch, processes.rank, processes.ranks), doing, processes):
-        reader.gather(rows, buffer)
-        yield rows, torch.from_numpy(buffer).to(device), torch.from_numpy(weights).to(device)
-
-
-def _collect(batches: Iterable[tuple[Tensor, Tensor]], processes: Processes) -> Tensor | None:
+def _collect(parts: Iterable[tuple[Tensor, Tensor]], processes: Processes) -> Tensor | None:
     """All ranks' features in the order of the images, without padding, on the CPU of rank 0; None elsewhere."""
     found = []
-    for features, weights in batches:
+    for features, weights in parts:
         together, counted = processes.gather(features), processes.gather(weights) > 0
         if not processes.rank:
             found.append(together[counted].cpu())

@@ -1,11 +1,12 @@
 """How well a model describes images it was not trained on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vae_scale.data.plan import evaluation_rows
 from vae_scale.data.shards import ShardSet
@@ -42,6 +43,25 @@ def read_images(reader: Reader, rows: range) -> Tensor:
     return torch.from_numpy(images)
 
 
+def batches(
+    shards: ShardSet, images: int, batch: int, processes: Processes, device: torch.device, spread: bool = False, bar: str = ""
+) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """This process's share of `images` images of a set: its first ones, or with `spread` those spread evenly over it.
+
+    Yields:
+        For each batch the numbers of its images, 0..images-1 and beyond for the padding of the tail; the images, uint8
+        [batch, h, w, 3]; and their weights [batch]: 1, or 0 for padding. With `bar`, rank 0 shows a progress bar so named.
+    """
+    chosen = np.linspace(0, len(shards) - 1, images).astype(np.int64) if spread else np.arange(images)
+    reader = Reader(shards, keep=1)
+    buffer = np.empty((batch, *shards.image_shape), np.uint8)
+    plan = evaluation_rows(images, batch, processes.rank, processes.ranks)
+    for rows, weights in tqdm(plan, bar, unit=" batches", disable=not bar or processes.rank > 0):
+        reader.gather(chosen[rows], buffer)
+        numbers = range(int(rows[0]), int(rows[0]) + batch)
+        yield numbers, torch.from_numpy(buffer).to(device), torch.from_numpy(weights).to(device)
+
+
 @torch.no_grad()
 def evaluate(
     model: VAE,
@@ -66,18 +86,15 @@ def evaluate(
         reconstruction from one latent, and `bits_per_dim` where the likelihood is a density of images.
     """
     images, device = min(images, len(shards)), next(model.parameters()).device
-    reader = Reader(shards, keep=1)
-    buffer = np.empty((batch, *shards.image_shape), np.uint8)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for rows, weights in evaluation_rows(images, batch, processes.rank, processes.ranks):
-        reader.gather(rows, buffer)
-        x = to_model(torch.from_numpy(buffer).to(device))
-        noise = noise_of_each(range(int(rows[0]), int(rows[0]) + batch), model.latent_shape, seed, "evaluation")
+    for numbers, pixels, weights in batches(shards, images, batch, processes, device):
+        x = to_model(pixels)
+        noise = noise_of_each(numbers, model.latent_shape, seed, "evaluation")
         terms = model(x, noise.to(device))
         error = (model.likelihood.mean(terms.output).float() - x).square().flatten(1).mean(1)
         psnr = -10 * (error / 4).clamp(min=1e-10).log10()
         each = torch.stack([-terms.log_prob, terms.kl.sum(1), psnr]).double()
-        sums += (each * torch.from_numpy(weights).to(device)).sum(1)
+        sums += (each * weights).sum(1)
     reconstruction, kl, psnr_db = (processes.add_up(sums) / images).tolist()
     nats = reconstruction + kl
     found = {"nats": nats, "reconstruction_nats": reconstruction, "kl_nats": kl, "psnr_db": psnr_db}

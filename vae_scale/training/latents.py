@@ -3,18 +3,15 @@
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vae_scale.data.plan import evaluation_rows
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stream import Reader
 from vae_scale.models.flow import AUGMENTATIONS
 from vae_scale.models.prior import LARGEST, GaussianMixture
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import noise_of_each
-from vae_scale.training.evaluation import ALONE, Processes
+from vae_scale.training.evaluation import ALONE, Processes, batches
 from vae_scale.training.objective import FlowMatching, to_model
 
 
@@ -22,13 +19,9 @@ from vae_scale.training.objective import FlowMatching, to_model
 def posteriors(model: VAE, shards: ShardSet, images: int, batch: int, processes: Processes) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and sigma, each [n, *latent_shape], of `images` images spread evenly over a set, on every process."""
     device = next(model.parameters()).device
-    chosen = np.linspace(0, len(shards) - 1, images).astype(np.int64)
-    reader = Reader(shards, keep=1)
-    buffer = np.empty((batch, *shards.image_shape), np.uint8)
-    for rows, weights in evaluation_rows(images, batch, processes.rank, processes.ranks):
-        reader.gather(chosen[rows], buffer)
-        posterior = model.encode(to_model(torch.from_numpy(buffer).to(device)))
-        counted = processes.gather(torch.from_numpy(weights).to(device)) > 0
+    for _, pixels, weights in batches(shards, images, batch, processes, device, spread=True):
+        posterior = model.encode(to_model(pixels))
+        counted = processes.gather(weights) > 0
         both = processes.gather(torch.stack([posterior.mean, posterior.log_sigma.exp()], 1))[counted]
         yield both[:, 0], both[:, 1]
 
@@ -108,12 +101,8 @@ def evaluate_flow(
     model, images = objective.model, min(images, len(shards))
     assert model.flow is not None
     device = next(model.parameters()).device
-    reader = Reader(shards, keep=1)
-    buffer = np.empty((batch, *shards.image_shape), np.uint8)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for rows, weights in evaluation_rows(images, batch, processes.rank, processes.ranks):
-        reader.gather(rows, buffer)
-        numbers = range(int(rows[0]), int(rows[0]) + batch)
+    for numbers, pixels, weights in batches(shards, images, batch, processes, device):
         draws = {
             "noise": noise_of_each(numbers, model.latent_shape, seed, "evaluation"),
             "start": noise_of_each(numbers, model.latent_shape, seed, "flow evaluation"),
@@ -122,8 +111,6 @@ def evaluate_flow(
             "label": torch.full((batch,), model.flow.classes),
             "augmentation": torch.zeros(batch, AUGMENTATIONS),
         }
-        error = objective.velocity_error(
-            to_model(torch.from_numpy(buffer).to(device)), {name: drawn.to(device) for name, drawn in draws.items()}
-        )
-        total += (error.double() * torch.from_numpy(weights).to(device)).sum()
+        error = objective.velocity_error(to_model(pixels), {name: drawn.to(device) for name, drawn in draws.items()})
+        total += (error.double() * weights).sum()
     return {"velocity_error": (processes.add_up(total) / images).item()}
