@@ -1,11 +1,15 @@
 """The hierarchical VAE: its noise variables are whitened, so a KL divergence there must be the one before whitening."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import discs
+from conftest import TINY, discs
 from torch import Tensor
 
+from launch import losses, train
 from vae_scale.config import VAEConfig
+from vae_scale.models.exporting import export
 from vae_scale.models.ladder import LadderVAE, sides_of
 
 
@@ -143,6 +147,20 @@ def test_half_precision_leaves_the_kl_in_fp32() -> None:
         terms = model(x, noise)
     assert terms.kl.dtype == terms.log_ratio.dtype == terms.log_prob.dtype == torch.float32
     assert torch.allclose(terms.kl.sum(1), model(x, noise).kl.sum(1), rtol=0.05)
+
+
+def test_it_is_exported_for_any_batch_size(tmp_path: Path) -> None:
+    parts = export(jolt(small()).eval(), tmp_path / "out", "torch", {})["parts"]
+    assert [part["batches_compared"] for part in parts.values()] == [[1, 3]] * 2
+    assert all(part["largest_difference"] < 1e-4 for part in parts.values())
+
+
+def test_one_and_two_processes_train_it_alike(shards: Path, tmp_path: Path) -> None:
+    network = ["--model.preset=ladder", "--model.patch=8", "--model.blocks=1", "--model.latent_channels=2"]
+    for processes in (1, 2):
+        words = [f"--data.shards={shards}", f"--run={tmp_path / str(processes)}", *TINY, *network, "--track.tracker=none"]
+        train(processes, *words, "--train.images=60", "--train.log_every=1")
+    assert list(losses(tmp_path / "2").values()) == pytest.approx(list(losses(tmp_path / "1").values()), rel=1e-4)
 
 
 def step(model: LadderVAE, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
