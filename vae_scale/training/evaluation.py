@@ -11,6 +11,7 @@ from tqdm import tqdm
 from vae_scale.data.plan import evaluation_rows
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.stream import Reader
+from vae_scale.metrics.reconstruction import psnr
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import noise_of_each
 from vae_scale.training.objective import bits_per_dim, to_model
@@ -91,9 +92,7 @@ def evaluate(
         x = to_model(pixels)
         noise = noise_of_each(numbers, model.latent_shape, seed, "evaluation")
         terms = model(x, noise.to(device))
-        error = (model.likelihood.mean(terms.output).float() - x).square().flatten(1).mean(1)
-        psnr = -10 * (error / 4).clamp(min=1e-10).log10()
-        each = torch.stack([-terms.log_prob, terms.kl.sum(1), psnr]).double()
+        each = torch.stack([-terms.log_prob, terms.kl.sum(1), psnr(x, model.likelihood.mean(terms.output))]).double()
         sums += (each * weights).sum(1)
     reconstruction, kl, psnr_db = (processes.add_up(sums) / images).tolist()
     nats = reconstruction + kl
