@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # One thread: sums are the same from run to run, and a busy machine does not stall threads that wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from vae_scale.data.shards import Images
+from vae_scale.data.shard_file import Images
 from vae_scale.data.stl10 import write_binaries
 
 COUNTS = {"train": 60, "test": 30, "unlabeled": 90}

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from vae_scale.config import parse
-from vae_scale.data.shards import Images, ShardSet
+from vae_scale.data.shard_file import Images
+from vae_scale.data.shards import ShardSet
 from vae_scale.data.stream import Reader
 from vae_scale.errors import UserError, command
 from vae_scale.metrics.features import load_extractor

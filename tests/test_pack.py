@@ -53,7 +53,7 @@ class OurSTL10(STL10):
 
 @pytest.mark.parametrize("split", COUNTS)
 def test_webdataset_reads_back_what_torchvision_reads_from_the_binaries(binaries: Path, shards: Path, split: str) -> None:
-    urls = [str(shard.path) for shard in ShardSet.open(shards).select(split).shards]
+    urls = [str(shards / shard.url) for shard in ShardSet.open(shards).select(split).shards]
     packed = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     theirs = OurSTL10(str(binaries.parent), split=split)
     assert len(packed) == len(theirs) == COUNTS[split]

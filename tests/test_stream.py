@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import COUNTS, discs
 
-from vae_scale.data.shards import Images, ShardSet
+from vae_scale.data.shard_file import Images
+from vae_scale.data.shards import ShardSet
 from vae_scale.data.stream import Batch, Stream
 from vae_scale.errors import UserError
 from vae_scale.pack import main as pack

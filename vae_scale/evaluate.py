@@ -116,7 +116,7 @@ def _measure(args: argparse.Namespace, device: "torch.device", processes: "Proce
     report: dict[str, Any] = {
         "checkpoint": str(folder),
         "images_seen": images_seen,
-        "shards": str(shards.folder),
+        "shards": shards.location,
         "fingerprint": shards.fingerprint,
         "split": shards.shards[0].split,
         "resolution": model.resolution,
@@ -157,7 +157,7 @@ def _shards(args: argparse.Namespace, data: dict[str, Any], model: "VAE") -> "Sh
     shards = ShardSet.open(args.shards or data["shards"]).select(args.split or data["test"])
     height, width = shards.image_shape[:2]
     if (height, width) != (model.resolution, model.resolution):
-        raise UserError(f"--shards {shards.folder}: images of {width}x{height}, the model's are {model.resolution} a side")
+        raise UserError(f"--shards {shards.location}: images of {width}x{height}, the model's are {model.resolution} a side")
     return shards
 
 

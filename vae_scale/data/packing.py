@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from vae_scale.data.shards import FORMAT_VERSION, Images, Layout, ShardSet, shard_name, write_shard
+from vae_scale.data.shard_file import FORMAT_VERSION, Images, Layout, shard_name, write_shard
+from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
 
 __all__ = ["Images", "Packing", "Source", "Split", "pack"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vae_scale.data.plan import Plan, Rows
-from vae_scale.data.shards import Images, ShardSet
+from vae_scale.data.shard_file import Images
+from vae_scale.data.shards import ShardSet
 
 COMPACT_WINDOW = 16  # shards; decoded ones occupy memory, so they are not all mixed at once
 
