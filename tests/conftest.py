@@ -1,6 +1,8 @@
 """Small data made on the spot: discs on gradients, in the layout of STL-10's binaries, and their shards."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # One thread: sums are the same from run to run, and a busy machine does not stall threads that wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from vae_scale.data.shard_file import Images
+from vae_scale.data.images import Images
 from vae_scale.data.stl10 import write_binaries
 
 COUNTS = {"train": 60, "test": 30, "unlabeled": 90}
@@ -42,6 +44,14 @@ def discs(count: int, seed: int) -> Images:
         centre, radius = draw.uniform(0.3, 0.7, 2), draw.uniform(0.1, 0.3)
         image[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2] = colour
     return images
+
+
+@pytest.fixture(autouse=True)
+def every_test_chooses_its_precision() -> Iterator[None]:
+    """Accelerate keeps the first precision of a process, which one test would hand down to the next."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

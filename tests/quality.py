@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from vae_scale.config import parse
-from vae_scale.data.shard_file import Images
+from vae_scale.data.images import Images
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stream import Reader
 from vae_scale.errors import UserError, command
 from vae_scale.metrics.features import load_extractor
 from vae_scale.metrics.frechet import Moments, frechet_distance
@@ -396,8 +395,7 @@ def measure(study: Study, methods: list[str]) -> tuple[Rows, list[tuple[str, Ima
     held_out_set, train_set = shards.select("test"), shards.select("train", "unlabeled")
     held_out = pixels(held_out_set)
     distance, count = DistanceTo(held_out), len(held_out)
-    evenly = np.empty_like(held_out)
-    Reader(train_set, keep=1).gather(np.linspace(0, len(train_set) - 1, count).astype(np.int64), evenly)
+    evenly = train_set.images(np.linspace(0, len(train_set) - 1, count).astype(np.int64))
     rows: Rows = [{"name": "training photographs", "method": None, "distance": distance(evenly)}]
     pictures = [("held-out photographs", held_out[:PICTURED])]
     for method in methods:

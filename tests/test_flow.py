@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import COUNTS, TINY
@@ -10,14 +11,12 @@ from safetensors.torch import load_file
 
 from launch import losses, train
 from vae_scale.config import parse
-from vae_scale.data.stream import Reader
 from vae_scale.errors import UserError
 from vae_scale.evaluate import main as evaluate
 from vae_scale.models.flow import AUGMENTATIONS, Flow
 from vae_scale.models.vae import VAE, Posterior, Sampler
 from vae_scale.sample import main as sample
 from vae_scale.training import checkpoint
-from vae_scale.training.evaluation import read_images
 from vae_scale.training.objective import to_model
 from vae_scale.training.trainer import Trainer
 
@@ -168,7 +167,7 @@ def test_latents_are_normalised_by_the_aggregate_posterior(shards: Path, vae: Pa
     assert flow is not None
     assert len(trainer.train_set) == COUNTS["train"] + COUNTS["unlabeled"]
     with torch.no_grad():
-        posterior: Posterior = model.encode(to_model(read_images(Reader(trainer.train_set, keep=1), range(150))))
+        posterior: Posterior = model.encode(to_model(torch.from_numpy(trainer.train_set.images(np.arange(150)))))
     drawn = torch.cat([posterior.sample(torch.randn_like(posterior.mean)) for _ in range(20)])
     normal = flow.normalise(drawn)
     assert normal.mean((0, 2, 3)).abs().max() < 0.02

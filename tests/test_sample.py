@@ -11,11 +11,9 @@ from PIL import Image
 from vae_scale import ResNetVAE
 from vae_scale.config import parse
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stream import Reader
 from vae_scale.metrics.features import load_extractor
 from vae_scale.sample import main
 from vae_scale.training import checkpoint, gallery, pictures
-from vae_scale.training.evaluation import read_images
 from vae_scale.training.objective import to_model
 from vae_scale.training.trainer import train
 
@@ -128,7 +126,7 @@ def test_neighbours_are_the_training_images_most_like_each_sample(run: Path, sha
     grid = pixels(tmp_path / "n.png")
     assert grid.shape == (2 * 98 + 2, 6 * 98 + 2, 3)
     found = ShardSet.open(shards).select("train", "unlabeled")
-    everything = read_images(Reader(found, keep=1), range(len(found))).numpy().astype(int)
+    everything = found.images(np.arange(len(found))).astype(int)
     for column in range(1, 6):
         shown = grid[2:98, 98 * column + 2 : 98 * column + 98]
         assert (everything == shown).all((1, 2, 3)).any()

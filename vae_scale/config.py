@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vae_scale.errors import UserError, one_line
+from vae_scale.errors import UserError, one_line, shown
 
 Preset = Literal["tiny", "small", "base", "large", "ladder", "kl", "seed_notebook"]
 Network = Literal["resnet", "ladder", "kl", "seed_notebook"]
@@ -75,26 +75,33 @@ class DataConfig:
     """Which shards are read and how.
 
     Attributes:
-        shards: Folder that `python -m vae_scale.pack` wrote.
+        shards: Folder that `python -m vae_scale.pack` wrote, or where it was put: a URL (http, https, s3, gs, hf), or pipe: and
+            a command that writes the file named {} to its standard output.
         train: Splits to train on, separated by commas; those that the shards lack are left out.
         test: Split held out for evaluation. Never trained on.
-        window: Shards among which rows are shuffled together; null for all of them (for png, jpg, webp: 16).
+        window: Shards among which rows are shuffled together; null for all of them (where they are fetched or decoded: 16).
+        streams: Equal parts of a batch that come from different shards, so that many nodes need not each read all of them.
         prefetch: Batches gathered ahead of the trainer.
         cache: Where images wait: host (mapped files) or device (the whole set in the accelerator's memory).
         flip: Mirror a random half of the images.
         crop: Cut up to this share off a side, at random, and enlarge what is left; 0 to 0.9.
         colour: Change brightness, contrast and saturation at random by up to this share; 0 to 0.9.
+        cache_dir: Folder for shards that are fetched; null for ~/.cache/vae_scale/shards.
+        cache_gib: GiB that it may hold; null for 50.
     """
 
     shards: str = "data/stl10"
     train: str = "train,unlabeled"
     test: str = "test"
     window: int | None = None
+    streams: int = 1
     prefetch: int = 4
     cache: Literal["host", "device"] = "host"
     flip: bool = True
     crop: float = 0.0
     colour: float = 0.0
+    cache_dir: str | None = None
+    cache_gib: float | None = None
 
     @property
     def train_splits(self) -> list[str]:
@@ -358,6 +365,11 @@ def check(config: Config) -> None:
     _require(bool(model.multipliers) and min(model.multipliers) > 0, "model.multipliers", "must be numbers above 0")
     _require(isinstance(model.scale, str) or model.scale > 0, "model.scale", "must be greater than 0")
     _require(config.data.window is None or config.data.window > 0, "data.window", "must be greater than 0, or null")
+    parts, size = config.data.streams, train.batch_size
+    divides = parts > 0 and size % parts == 0
+    _require(divides, "data.streams", f"is {parts}; it must divide train.batch_size ({size})")
+    gib = config.data.cache_gib
+    _require(gib is None or gib > 0, "data.cache_gib", f"is {gib}; it must be greater than 0, or null")
     _require(bool(config.data.train_splits), "data.train", "names no split")
     clash = config.data.test in config.data.train_splits
     _require(
@@ -420,14 +432,17 @@ def _require(holds: bool, key: str, text: str) -> None:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain dictionaries and lists, as YAML and JSON know them."""
+    """A configuration as plain dictionaries and lists, as YAML and JSON know them; without what is secret in data.shards."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(part) for key, part in value.items()}
         return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
-    return plain(dataclasses.asdict(config))
+    values = plain(dataclasses.asdict(config))
+    if isinstance(config, Config):
+        values["data"]["shards"] = shown(config.data.shards)
+    return values
 
 
 def as_yaml(config: Config) -> str:

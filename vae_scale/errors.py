@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import re
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,6 +15,17 @@ class UserError(Exception):
 def one_line(error: Exception) -> str:
     """The text of `error` folded into a single line."""
     return " ".join(str(error).split())
+
+
+def shown(text: str) -> str:
+    """A location, or a text with one in it, without what may be secret.
+
+    URLs lose user, password and query; a `pipe:` loses all of its command but the program.
+    """
+    if text.startswith("pipe:"):
+        program = re.match(r"pipe:\s*(\w[\w./-]*|/[\w./-]+)(?=\s|$)", text)
+        return f"pipe:{program[1]} ..." if program else "pipe:..."
+    return re.sub(r"(\w+://)(?:[^/?#\s]*@)?([^?#\s]*)(?:[?#].*)?", r"\1\2", text, flags=re.DOTALL)
 
 
 class Command(Protocol):

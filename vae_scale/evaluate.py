@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure a trained VAE: its bounds on the likelihood, its reconstructions and its samples.",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--shards", type=Path, metavar="DIR", help="shards (default: those of the run)")
+    parser.add_argument("--shards", metavar="PLACE", help="shards, a folder or a URL (default: those of the run)")
     parser.add_argument("--split", metavar="NAME", help="images to compare with (default: those the run held out)")
     parser.add_argument("--images", type=int, metavar="N", help="of the split, at most (default: all)")
     parser.add_argument(
@@ -154,7 +154,8 @@ def _shards(args: argparse.Namespace, data: dict[str, Any], model: "VAE") -> "Sh
     """The images to compare with."""
     from vae_scale.data.shards import ShardSet
 
-    shards = ShardSet.open(args.shards or data["shards"]).select(args.split or data["test"])
+    shards = ShardSet.open(args.shards or data["shards"], commands=args.shards is not None)
+    shards = shards.select(args.split or data["test"])
     height, width = shards.image_shape[:2]
     if (height, width) != (model.resolution, model.resolution):
         raise UserError(f"--shards {shards.location}: images of {width}x{height}, the model's are {model.resolution} a side")

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--traverse", action="store_true", help="ways of N images each through a sample, along main directions")
     what.add_argument("--reconstruct", action="store_true", help="N held-out images, each beside its reconstruction")
     what.add_argument("--neighbours", action="store_true", help="N samples, each beside the training images most like it")
-    other.add_argument("--shards", metavar="DIR", help="shards for the last two (default: those of the run)")
+    other.add_argument("--shards", metavar="PLACE", help="shards for the last two (default: those of the run)")
     other.add_argument(
         "--gif", type=Path, metavar="FILE.gif", help="animate the ways, too; with neither, the samples as training went on"
     )
@@ -110,7 +110,7 @@ def _draw(model: "VAE", folder: Path, sampler: "Sampler", args: argparse.Namespa
     prior = f"the prior {model.name_prior(args.prior, sampler)}"
     if args.reconstruct or args.neighbours:
         data = checkpoint.load(folder)[0]["config"]["data"]
-        shards = ShardSet.open(args.shards or data["shards"])
+        shards = ShardSet.open(args.shards or data["shards"], commands=args.shards is not None)
         if args.reconstruct:
             told = "held-out images, each followed by its reconstruction"
             return gallery.reconstructions(model, shards.select(data["test"]), args.num, args.batch_size), 8, told

@@ -26,6 +26,7 @@ def _describe(config: Config) -> None:
     from torch import nn
 
     from vae_scale.data.shards import ShardSet
+    from vae_scale.data.storage import Cache
     from vae_scale.models.networks import build
     from vae_scale.models.vae import VAE
     from vae_scale.training import checkpoint
@@ -33,7 +34,7 @@ def _describe(config: Config) -> None:
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
     check_processes(config, processes)
-    shards = ShardSet.open(config.data.shards)
+    shards = ShardSet.open(config.data.shards, Cache.configured(config.data.cache_dir, config.data.cache_gib))
     images = len(shards.select(*config.data.train_splits))
     held_out = len(shards.select(config.data.test))
     trained: nn.Module

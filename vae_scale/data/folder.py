@@ -1,15 +1,14 @@
 """Any tree of images: your own photographs."""
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from vae_scale.data.packing import Images, Source, Split
+from vae_scale.data.images import Images, square
+from vae_scale.data.packing import Source, Split
 from vae_scale.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -89,17 +88,10 @@ class _Tree:
         return self.paths[start:stop]
 
     def decode(self, raw: Sequence[Path]) -> Images:
-        return np.stack([_square(path, self.resolution) for path in raw])
+        return np.stack([self._square(path) for path in raw])
 
-
-def _square(path: Path, side: int) -> Images:
-    """The middle square of a photograph, upright, as uint8 [side, side, 3]."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.draft("RGB", (2 * side, 2 * side))  # lets JPEG decode at a fraction of its size
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-                return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}); mend it or take it out") from None
+    def _square(self, path: Path) -> Images:
+        try:
+            return square(path, self.resolution)
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be read as an image ({error}); mend it or take it out") from None

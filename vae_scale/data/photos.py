@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vae_scale.data.shard_file import Images
+from vae_scale.data.images import Images
 from vae_scale.data.stl10 import SIDE, write_binaries
 from vae_scale.errors import UserError
 from vae_scale.randomness import key

@@ -15,7 +15,8 @@ from typing import IO
 import numpy as np
 from einops import rearrange
 
-from vae_scale.data.packing import Images, Source, Split
+from vae_scale.data.images import Images
+from vae_scale.data.packing import Source, Split
 from vae_scale.errors import UserError
 
 SIDE = 96
@@ -25,10 +26,13 @@ LABELLED = ("train", "test")
 SMALL_FILE = 10_000_000  # bytes; labels, class names and folds are far below
 
 
-def planes_to_hwc(raw: bytes) -> Images:
+def planes_to_hwc(raw: bytes | Images) -> Images:
     """Column-major planes, as the binaries hold them, to uint8 [n, 96, 96, 3]."""
-    planes = np.frombuffer(raw, np.uint8).reshape(-1, 3, SIDE, SIDE)
-    return np.ascontiguousarray(rearrange(planes, "n c w h -> n h w c"))
+    planes = rearrange(np.frombuffer(raw, np.uint8), "(n c w h) -> c n h w", c=3, w=SIDE, h=SIDE)
+    images = np.empty((*planes.shape[1:], 3), np.uint8)
+    for colour, plane in enumerate(planes):  # one by one, they take a third of the time
+        images[..., colour] = plane
+    return images
 
 
 def hwc_to_planes(images: Images) -> bytes:
@@ -85,14 +89,14 @@ class _Binary:
     files: "_Folder | _Archive"
     shape: tuple[int, int, int] = (SIDE, SIDE, 3)
 
-    def fetch(self, start: int, stop: int) -> bytes:
+    def fetch(self, start: int, stop: int) -> bytes | Images:
         name = f"{self.name}_X.bin"
         raw = self.files.read(name, start * IMAGE_BYTES, (stop - start) * IMAGE_BYTES)
         if len(raw) != (stop - start) * IMAGE_BYTES:
             raise UserError(f"{self.files.path / name}: ended early, while images {start} to {stop} were read")
         return raw
 
-    def decode(self, raw: bytes) -> Images:
+    def decode(self, raw: bytes | Images) -> Images:
         return planes_to_hwc(raw)
 
 
@@ -106,10 +110,8 @@ class _Folder:
     def small(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        with (self.path / name).open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+    def read(self, name: str, offset: int, size: int) -> Images:
+        return np.fromfile(self.path / name, np.uint8, size, offset=offset)
 
     def hashes(self, names: list[str]) -> dict[str, str]:
         return {name: _sha256(self.path / name) for name in names}

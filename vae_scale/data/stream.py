@@ -1,9 +1,9 @@
 """Batches of images, gathered ahead of the trainer in a background thread."""
 
+import itertools
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,37 +12,11 @@ import torch
 from torch import Tensor
 
 from vae_scale.data.plan import Plan, Rows
-from vae_scale.data.shard_file import Images
+from vae_scale.data.reader import LOADERS, Reader
 from vae_scale.data.shards import ShardSet
 
-COMPACT_WINDOW = 16  # shards; decoded ones occupy memory, so they are not all mixed at once
-
-
-class Reader:
-    """Rows of a set of shards as arrays. Mapped shards stay open; of decoded ones, the last `keep` stay in memory."""
-
-    def __init__(self, shards: ShardSet, keep: int) -> None:
-        self.shards = shards
-        self._keep = len(shards.shards) if shards.encoding == "npy" else keep
-        self._arrays: OrderedDict[int, Images] = OrderedDict()
-
-    def array(self, number: int) -> Images:
-        """Images of shard `number`: uint8 [n, H, W, 3]."""
-        if number not in self._arrays:
-            self._arrays[number] = self.shards.read(number)
-            if len(self._arrays) > self._keep:
-                self._arrays.popitem(last=False)
-        self._arrays.move_to_end(number)
-        return self._arrays[number]
-
-    def gather(self, rows: Rows, out: Images) -> None:
-        """Copies samples `rows` (numbers in the set) into `out`, uint8 [len(rows), H, W, 3]."""
-        starts = self.shards.starts
-        numbers = np.searchsorted(starts, rows, side="right") - 1
-        # Shard by shard, so that each decoded shard is needed once per batch however few are kept.
-        for position in np.argsort(numbers, kind="stable"):
-            number = int(numbers[position])
-            out[position] = self.array(number)[rows[position] - starts[number]]
+COPIERS = 2
+WINDOW = 16  # shards; of those that are fetched or decoded, not all are to be there at once
 
 
 @dataclass
@@ -56,6 +30,9 @@ class Batch:
 
     images: Tensor
     rows: Rows
+
+
+_Results = queue.SimpleQueue[tuple[Tensor, Rows] | BaseException]
 
 
 class Stream:
@@ -72,9 +49,10 @@ class Stream:
         ranks: All processes.
         device: Where batches are wanted.
         images_seen: Where to begin.
-        window: Shards mixed together; None for all of them (16 where shards are decoded).
+        window: Shards of a stream that are mixed together; None for all of them (16 where shards are fetched or decoded).
         prefetch: Batches gathered ahead.
         cache: host, or device to keep the whole set in the device's memory.
+        streams: Equal parts of a batch that come from different shards, so that ranks of different parts share none.
     """
 
     def __init__(
@@ -89,6 +67,7 @@ class Stream:
         window: int | None = None,
         prefetch: int = 4,
         cache: str = "host",
+        streams: int = 1,
     ) -> None:
         if batch % ranks:
             raise ValueError(f"a batch of {batch} images cannot be shared by {ranks} ranks")
@@ -97,11 +76,9 @@ class Stream:
         self.wait_seconds = 0.0
         self.device = torch.device(device)
         everything = len(shards.shards)
-        window = window or (everything if shards.encoding == "npy" else COMPACT_WINDOW)
-        self.plan = Plan([shard.samples for shard in shards.shards], seed, batch, min(window, everything))
+        window = window or (everything if shards.encoding == "npy" and shards.storage.local else WINDOW)
+        self.plan = Plan([shard.samples for shard in shards.shards], seed, batch, min(window, everything), streams)
         self._rank, self._ranks, self._prefetch = rank, ranks, prefetch
-        # Two windows: near its end, a batch also takes from the next.
-        self._reader = Reader(shards, keep=2 * self.plan.window)
         self._resident = self._load() if cache == "device" else None
 
     def state_dict(self) -> dict[str, int]:
@@ -115,9 +92,13 @@ class Stream:
     def _load(self) -> Tensor:
         """The whole set on the device, shard by shard: uint8 [images, H, W, 3]."""
         resident = torch.empty((len(self.shards), *self.shards.image_shape), dtype=torch.uint8, device=self.device)
-        for number, start in enumerate(self.shards.starts[:-1]):
-            array = np.ascontiguousarray(self._reader.array(number))
-            resident[start : start + len(array)] = torch.from_numpy(array)
+        starts = self.shards.starts.tolist()
+        with Reader(self.shards) as reader:
+            for number, (start, stop) in enumerate(itertools.pairwise(starts)):
+                reader.need(range(number, min(number + LOADERS, len(starts) - 1)))
+                images = np.empty((stop - start, *self.shards.image_shape), np.uint8)
+                reader.gather(np.arange(start, stop), images)
+                resident[start:stop] = torch.from_numpy(images)
         return resident
 
     def __iter__(self) -> Iterator[Batch]:
@@ -138,52 +119,63 @@ class Stream:
             yield Batch(self._resident[torch.from_numpy(rows).to(self.device)], rows)
 
     def _from_host(self) -> Iterator[Batch]:
-        """Gathers into a ring of buffers in one thread."""
+        """Copies batches into a ring of buffers, in threads that take turns in planning them."""
         shape = (self.plan.batch // self._ranks, *self.shards.image_shape)
         pinned = self.device.type == "cuda"
-        # One buffer is with the caller and one being filled, besides those that wait.
-        ring = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for _ in range(self._prefetch + 2)]
-        free: queue.Queue[Tensor] = queue.Queue()
-        ready: queue.Queue[tuple[Tensor, Rows] | BaseException] = queue.Queue()
-        stopped = threading.Event()
-        for buffer in ring:
-            free.put(buffer)
+        free: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[_Results] = queue.SimpleQueue()  # in the order of the batches: who copies each
+        # One buffer is with the caller and some are being filled, besides those that wait.
+        for _ in range(self._prefetch + 1 + COPIERS):
+            free.put(torch.empty(shape, dtype=torch.uint8, pin_memory=pinned))
+        turn, places = threading.Lock(), itertools.count(self.images_seen, self.plan.batch)
+        begun, torch_threads = threading.Barrier(COPIERS + 1), torch.get_num_threads()
 
-        def gather(images_seen: int) -> None:
-            try:
-                while not stopped.is_set():
-                    rows = self.plan.rows(images_seen, self._rank, self._ranks)
+        def copy(reader: Reader) -> None:
+            torch.get_num_threads()  # or its first use would set the default again
+            torch.set_num_threads(1)  # threads that share a batch would wait for each other on a busy machine
+            begun.wait()
+            results: _Results = queue.SimpleQueue()
+            while True:
+                with turn:
                     buffer = free.get()
-                    if stopped.is_set():
+                    if buffer is None:
+                        free.put(None)  # for the other threads
                         return
-                    self._reader.gather(rows, buffer.numpy())
-                    ready.put((buffer, rows))
-                    images_seen += self.plan.batch
-            except BaseException as error:  # handed to the caller, who is waiting for a batch
-                ready.put(error)
+                    ready.put(results)
+                    try:
+                        rows, shards = self.plan.share(next(places), self._rank, self._ranks)
+                        reader.need(shards)
+                        found = reader.find(rows)
+                    except BaseException as error:  # for the caller, who is waiting for a batch
+                        results.put(error)
+                        free.put(None)
+                        return
+                found.copy(buffer.numpy())
+                results.put((buffer, rows))
 
-        thread = threading.Thread(target=gather, args=(self.images_seen,), name="stream", daemon=True)
-        thread.start()
-        try:
-            yield from self._take(ready, free, pinned)
-        finally:
-            stopped.set()
-            free.put(ring[0])  # wakes the thread, should it wait for a buffer
-            thread.join()
+        with Reader(self.shards) as reader:
+            threads = [threading.Thread(target=copy, args=[reader], name="stream", daemon=True) for _ in range(COPIERS)]
+            for thread in threads:
+                thread.start()
+            begun.wait()
+            torch.set_num_threads(torch_threads)  # or threads that begin from now on would have one, too
+            try:
+                yield from self._take(ready, free, pinned)
+            finally:
+                free.put(None)
+                for thread in threads:
+                    thread.join(timeout=1)  # it may wait for a shard that is still on its way
 
     def _take(
-        self,
-        ready: "queue.Queue[tuple[Tensor, Rows] | BaseException]",
-        free: "queue.Queue[Tensor]",
-        pinned: bool,
+        self, ready: "queue.SimpleQueue[_Results]", free: "queue.SimpleQueue[Tensor | None]", pinned: bool
     ) -> Iterator[Batch]:
         side = torch.cuda.Stream() if pinned else None
 
         def upload() -> tuple[Batch, Tensor, "torch.cuda.Event | None"]:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            buffer, rows = item
+            result = ready.get().get()
+            if isinstance(result, BaseException):
+                raise result
+            buffer, rows = result
             if side is None:
                 return Batch(buffer, rows), buffer, None
             with torch.cuda.stream(side):

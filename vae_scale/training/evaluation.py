@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vae_scale.data.plan import evaluation_rows
+from vae_scale.data.reader import Reader
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stream import Reader
 from vae_scale.metrics.reconstruction import psnr
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import noise_of_each
@@ -37,13 +37,6 @@ class Processes:
 ALONE = Processes()
 
 
-def read_images(reader: Reader, rows: range) -> Tensor:
-    """Samples `rows` of a set: uint8 [n, h, w, 3]."""
-    images = np.empty((len(rows), *reader.shards.image_shape), np.uint8)
-    reader.gather(np.arange(rows.start, rows.stop), images)
-    return torch.from_numpy(images)
-
-
 def batches(
     shards: ShardSet, images: int, batch: int, processes: Processes, device: torch.device, spread: bool = False, bar: str = ""
 ) -> Iterator[tuple[range, Tensor, Tensor]]:
@@ -54,13 +47,15 @@ def batches(
         [batch, h, w, 3]; and their weights [batch]: 1, or 0 for padding. With `bar`, rank 0 shows a progress bar so named.
     """
     chosen = np.linspace(0, len(shards) - 1, images).astype(np.int64) if spread else np.arange(images)
-    reader = Reader(shards, keep=1)
     buffer = np.empty((batch, *shards.image_shape), np.uint8)
     plan = evaluation_rows(images, batch, processes.rank, processes.ranks)
-    for rows, weights in tqdm(plan, bar, unit=" batches", disable=not bar or processes.rank > 0):
-        reader.gather(chosen[rows], buffer)
-        numbers = range(int(rows[0]), int(rows[0]) + batch)
-        yield numbers, torch.from_numpy(buffer).to(device), torch.from_numpy(weights).to(device)
+    with Reader(shards) as reader:
+        for number, (rows, weights) in enumerate(tqdm(plan, bar, unit=" batches", disable=not bar or processes.rank > 0)):
+            soon = np.concatenate([rows for rows, _ in plan[number : number + 2]])
+            reader.need(np.unique(shards.numbers(chosen[soon])).tolist())
+            reader.gather(chosen[rows], buffer)
+            numbers = range(int(rows[0]), int(rows[0]) + batch)
+            yield numbers, torch.from_numpy(buffer).to(device), torch.from_numpy(weights).to(device)
 
 
 @torch.no_grad()

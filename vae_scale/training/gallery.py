@@ -7,16 +7,14 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stream import Reader
 from vae_scale.errors import UserError
 from vae_scale.metrics.features import Extractor
 from vae_scale.metrics.neighbours import nearest
 from vae_scale.models.vae import VAE, slerp
 from vae_scale.training import pictures
-from vae_scale.training.evaluation import read_images
+from vae_scale.training.evaluation import ALONE, batches
 from vae_scale.training.objective import to_model
 
 ROWS = 8
@@ -46,8 +44,7 @@ def traversals(model: VAE, draw: Draw, steps: int, batch: int) -> Tensor:
 
 def reconstructions(model: VAE, shards: ShardSet, images: int, batch: int) -> Tensor:
     """The first images of a set, each followed by its reconstruction."""
-    rows = range(min(images, len(shards)))
-    originals = to_model(read_images(Reader(shards, keep=1), rows))
+    originals = to_model(torch.from_numpy(shards.images(np.arange(min(images, len(shards))))))
     device = next(model.parameters()).device
     with torch.inference_mode():
         parts = [model.reconstruct(part.to(device)).cpu() for part in originals.split(batch)]
@@ -56,14 +53,11 @@ def reconstructions(model: VAE, shards: ShardSet, images: int, batch: int) -> Te
 
 def neighbours(samples: Tensor, shards: ShardSet, extractor: Extractor, batch: int) -> Tensor:
     """Each sample followed by the NEIGHBOURS images of a set that are nearest to it in features, the nearest first."""
-    reader = Reader(shards, keep=1)
-    ranges = [range(begin, min(begin + batch, len(shards))) for begin in range(0, len(shards), batch)]
-    parts = [extractor(read_images(reader, rows)) for rows in tqdm(ranges, "features", disable=None)]
+    everything = batches(shards, len(shards), batch, ALONE, torch.device("cpu"), bar="features")
+    parts = [extractor(images[weights > 0]) for _, images, weights in everything]
     features = torch.cat([extractor(torch.from_numpy(pictures.to_uint8(part))) for part in samples.split(batch)])
     found = nearest(features, torch.cat(parts), min(NEIGHBOURS, len(shards)))
-    images = np.empty((found.numel(), *shards.image_shape), np.uint8)
-    reader.gather(found.flatten().cpu().numpy(), images)
-    near = to_model(torch.from_numpy(images)).unflatten(0, found.shape)
+    near = to_model(torch.from_numpy(shards.images(found.flatten().cpu().numpy()))).unflatten(0, found.shape)
     return torch.cat([samples[:, None], near], 1).flatten(0, 1)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from vae_scale.data.shard_file import Images
+from vae_scale.data.images import Images
 from vae_scale.errors import UserError
 
 

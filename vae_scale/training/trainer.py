@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -17,13 +18,14 @@ from tqdm import tqdm
 from vae_scale import __version__
 from vae_scale.config import Config, as_dict, as_yaml, check_processes, check_resolution
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stream import Batch, Reader, Stream
+from vae_scale.data.storage import Cache
+from vae_scale.data.stream import Batch, Stream
 from vae_scale.errors import UserError
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import key
 from vae_scale.training import checkpoint, launching, pictures
 from vae_scale.training.ema import EMA
-from vae_scale.training.evaluation import Processes, read_images
+from vae_scale.training.evaluation import Processes
 from vae_scale.training.objective import to_model
 from vae_scale.training.schedules import learning_rate
 from vae_scale.training.stages import FlowStage, Stage, VAEStage, trained
@@ -45,7 +47,7 @@ class Trainer:
         self.device: torch.device = self.accelerator.device
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         check_processes(config, self.ranks)
-        shards = ShardSet.open(config.data.shards)
+        shards = ShardSet.open(config.data.shards, Cache.configured(config.data.cache_dir, config.data.cache_gib))
         self.train_set = shards.select(*config.data.train_splits)
         self.test_set = shards.select(config.data.test)
 
@@ -81,6 +83,7 @@ class Trainer:
             config.data.window,
             config.data.prefetch,
             config.data.cache,
+            config.data.streams,
         )
         if self.accelerator.is_main_process:
             config.folder.mkdir(parents=True, exist_ok=True)
@@ -212,8 +215,8 @@ class Trainer:
 
     def _draw(self, tracker: Tracker) -> None:
         folder, model = self.config.folder / "samples", self.ema.model
-        rows = range(min(PICTURED, len(self.test_set)))
-        originals = to_model(read_images(Reader(self.test_set, keep=1), rows).to(self.device))
+        pictured = self.test_set.images(np.arange(min(PICTURED, len(self.test_set))))
+        originals = to_model(torch.from_numpy(pictured).to(self.device))
         with torch.no_grad():
             reconstructions = model.reconstruct(originals)
         drawn = {
@@ -269,7 +272,7 @@ class Trainer:
         if different := sorted(name for name, value in now.items() if was.get(name) != value):
             raise UserError(f"{folder}: was trained with another {', '.join(different)}; choose another --run")
         if state["shards"] != self.train_set.fingerprint:
-            raise UserError(f"{folder}: was trained on other shards than {self.config.data.shards}; choose another --run")
+            raise UserError(f"{folder}: was trained on other shards than {self.train_set.location}; choose another --run")
         self.model.load_state_dict(tensors["model"])
         self.ema.model.load_state_dict(tensors["ema"])
         for name, parameter in trained(self.model):

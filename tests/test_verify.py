@@ -1,0 +1,195 @@
+"""Looking at what was packed: everything that is wrong is told, and tables and pictures show what is there."""
+
+import http.server
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CLASSES, COUNTS, discs
+from PIL import Image
+
+from vae_scale.data.shards import ShardSet
+from vae_scale.pack import main
+
+STRIDE = 29_696
+
+
+def pack(*options: object) -> None:
+    main([str(option) for option in options])
+
+
+def wrong(capsys: pytest.CaptureFixture[str], folder: Path) -> list[str]:
+    """The lines with which --verify tells what is wrong."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        pack("--verify", folder, "--workers=2")
+    assert caught.value.code == 2
+    said = capsys.readouterr()
+    assert sum(line.startswith("error: ") for line in said.err.splitlines()) == 1
+    return said.out.splitlines()
+
+
+@pytest.fixture
+def copy(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "copy"))
+
+
+def change(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def test_a_whole_set_passes(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack("--verify", shards)
+    assert capsys.readouterr().out == f"{shards}: 180 images in 9 shards are what was packed\n"
+
+
+def test_all_that_is_wrong_is_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(copy / "stl10-train-000000.tar", 3 * STRIDE + 10_000, b"\0\1")  # pixels of the fourth image
+    change(copy / "stl10-train-000001.tar", 2 * STRIDE + 512, b"6")  # a label
+    change(copy / "stl10-train-000002.tar", STRIDE + 1536, b"?")  # an npy header
+    (copy / "stl10-test-000000.tar").unlink()
+    cut = copy / "stl10-test-000001.tar"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    change(copy / "stl10-unlabeled-000000.tar", 5 * STRIDE, b"\xff")  # a tar header
+    index = json.loads((copy / "index.json").read_text())
+    entry = next(entry for entry in index["shardlist"] if entry["url"] == "stl10-unlabeled-000001.tar")
+    entry["labels"][4] = 3
+    entry["md5sum"] = "0" * 32
+    (copy / "index.json").write_text(json.dumps(index))
+    (copy / "sizes.json").write_text("{}")
+    (copy / "stl10-train-000003.tar").write_bytes(b"")
+    found = wrong(capsys, copy)
+    for name, parts in {
+        "stl10-train-000000.tar": ["md5", "sha256 is", "sha256 of its images"],
+        "stl10-train-000001.tar": ["md5", "sha256 is", "train-00000027.cls says '6', the manifest says 7"],
+        "stl10-train-000002.tar": ["md5", "sha256 is", "train-00000051.npy cannot be decoded"],
+        "stl10-test-000000.tar": ["missing"],
+        "stl10-test-000001.tar": ["bytes"],
+        "stl10-unlabeled-000000.tar": ["md5", "sha256 is", "holds 5 images, the manifest says 25"],
+        "stl10-unlabeled-000001.tar": ["md5", "unlabeled-00000029.cls says '-1', the manifest says 3"],
+        "sizes.json": ["index.json"],
+        "stl10-train-000003.tar": ["note: "],
+    }.items():
+        lines = [line for line in found if f"/{name}: " in line]
+        assert len(lines) == len(parts), lines
+        assert all(part in line for part, line in zip(parts, lines, strict=True)), lines
+    assert len(found) == 18
+
+
+def test_a_misnamed_sample_is_told_once(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    victim = copy / "stl10-train-000000.tar"
+    content = victim.read_bytes()
+    victim.write_bytes(content[STRIDE : 2 * STRIDE] + content[:STRIDE] + content[2 * STRIDE :])
+    found = wrong(capsys, copy)
+    assert sum("train-00000001.cls is where train-00000000.cls should be" in line for line in found) == 1
+    assert sum("cls says" in line for line in found) == 2
+
+
+def test_of_one_shard_few_problems_are_told(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = json.loads((copy / "index.json").read_text())
+    index["shardlist"][0]["labels"] = [7 - label for label in index["shardlist"][0]["labels"]]
+    (copy / "index.json").write_text(json.dumps(index))
+    found = wrong(capsys, copy)
+    assert len(found) == 11
+    assert found[-1].endswith("and 15 problems more")
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpg", "webp"])
+def test_encoded_images_that_cannot_be_decoded_are_all_told(
+    binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    options = (f"--encoding={encoding}", "--splits=train", "--limit=6", "--images-per-shard=3")
+    pack("--source=stl10", f"--data={binaries}", f"--out={tmp_path}", *options)
+    pack("--verify", tmp_path)
+    victim = tmp_path / "stl10-train-000001.tar"
+    content = bytearray(victim.read_bytes())
+    for key in (b"train-00000003", b"train-00000005"):
+        begin = content.index(key + b"." + encoding.encode()) + 512
+        content[begin : begin + 40] = bytes(40)
+    victim.write_bytes(content)
+    found = wrong(capsys, tmp_path)
+    assert len(found) == 4
+    assert f"train-00000003.{encoding} cannot be decoded" in found[2]
+    assert f"train-00000005.{encoding} cannot be decoded" in found[3]
+
+
+def test_inspect_prints_splits_and_classes(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack("--inspect", shards, f"--out={tmp_path / 'sheet.png'}")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for split, (count, labelled) in {"train": (60, 60), "test": (30, 30), "unlabeled": (90, 0)}.items():
+        line = next(line for line in lines if line[:1] == [split])
+        assert (line[2], line[4]) == (str(count), str(labelled))
+    (classes,) = (line[1:] for line in lines if line[:1] == ["class"])
+    assert set(classes) == set(COUNTS)
+    for name in CLASSES:
+        line = next(line for line in lines if line[:1] == [name])
+        assert dict(zip(classes, line[1:], strict=True)) == {"train": "6", "test": "3", "unlabeled": "0"}
+
+
+def test_the_contact_sheet_shows_images_of_every_split(shards: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    pack("--inspect", copy)
+    with Image.open(copy / "contact_sheet.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    pack("--inspect", copy)  # the same picture again
+    with Image.open(copy / "contact_sheet.png") as sheet:
+        assert np.array_equal(np.asarray(sheet), pixels)
+    # Cells are filled with photographs: few of their pixels are paper.
+    assert 0.5 < (pixels != 255).any(-1).mean() < 0.95
+    every = np.concatenate([discs(count, seed) for seed, count in enumerate(COUNTS.values())])
+    first = np.asarray(Image.fromarray(pixels[64:192, 24:152]).resize((96, 96), Image.Resampling.BICUBIC)).astype(float)
+    nearest = np.abs(every.astype(float) - first).mean((1, 2, 3)).min()
+    assert nearest < 3
+    ShardSet.open(copy)
+    pack("--verify", copy)
+
+
+@pytest.mark.parametrize("splits", [["train"], ["test", "unlabeled"]])
+def test_a_set_of_one_image_is_shown(binaries: Path, tmp_path: Path, splits: list[str]) -> None:
+    pack("--source=stl10", f"--data={binaries}", f"--out={tmp_path}", "--limit=1", f"--splits={','.join(splits)}")
+    pack("--inspect", tmp_path)
+    assert (tmp_path / "contact_sheet.png").is_file()
+
+
+@pytest.fixture
+def served(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The URL of a copy of the set; what is fetched is kept in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(copy))  # type: ignore[arg-type]
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    running.server_close()
+
+
+def test_a_set_behind_a_url_is_verified_and_shown(
+    served: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    pack("--verify", served)
+    assert "are what was packed" in capsys.readouterr().out
+    pack("--inspect", served)
+    assert (here / "contact_sheet.png").is_file()
+    shutil.rmtree(tmp_path / "cache")
+    (copy / "stl10-train-000001.tar").unlink()
+    with pytest.raises(SystemExit):
+        pack("--verify", served)
+    said = capsys.readouterr()
+    assert sum("stl10-train-000001.tar" in line for line in said.out.splitlines()) == 1
+    assert "problems: 1" in said.err

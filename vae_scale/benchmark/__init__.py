@@ -1,0 +1,1 @@
+"""Measurements against what else a user could pick."""

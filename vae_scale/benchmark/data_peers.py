@@ -1,0 +1,297 @@
+"""What a user could pick instead of our stream, on the same images, each set up as its documentation recommends for speed."""
+
+import contextlib
+import functools
+import gc
+import hashlib
+import io
+import operator
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vae_scale.data.images import Images
+from vae_scale.data.shard_file import SAVE_OPTIONS, write_shard
+from vae_scale.data.stl10 import SIDE, write_binaries
+from vae_scale.errors import UserError, one_line
+
+WORKERS = (0, 2)
+CHUNK = 1000  # images written between two steps of a progress bar, and the most in one tar
+REMEDIES = dict.fromkeys(("litdata", "mosaicml"), "pip install 'vae_scale[bench]'")
+REMEDIES["ffcv"] = "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev; pip install ffcv"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to read the images, and how to check what it reads.
+
+    Its workers start with its first epoch and live as long as the peer, so a later epoch does not pay for their start.
+
+    Attributes:
+        name: As it stands in a table.
+        family: torchvision, webdataset, litdata, mosaicml or ffcv.
+        lossless: Whether its pixels equal the originals. If not they are JPEG's, and differ by 3 at most on average.
+        epoch: One epoch, shuffled, each image once: (images as the peer gives them, their numbers int64 [n]). A batch is
+            valid until the next is asked for.
+        pixels: A batch of its images as uint8 [n, H, W, 3].
+    """
+
+    name: str
+    family: str
+    lossless: bool
+    epoch: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    pixels: Callable[[Tensor], Tensor]
+
+
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
+
+
+def _from_planes(images: Tensor) -> Tensor:
+    return images.permute(0, 2, 3, 1)
+
+
+def _from_normalized(images: Tensor) -> Tensor:
+    return _from_planes((images + 1).mul(127.5).round().to(torch.uint8))
+
+
+def peers(images: Images, scratch: Path, batch: int) -> tuple[list[Peer], dict[str, str]]:
+    """Writes images in each peer's format, unless they are there already, and sets the peers up.
+
+    Args:
+        images: uint8 [n, H, W, 3], contiguous. An image's number is its label in each format.
+        scratch: Where to write. Other images that were written there stay.
+        batch: Images of a batch.
+
+    Returns:
+        The peers, and for each family that cannot be had here the reason in one line.
+    """
+    # litdata and mosaicml hand out views of a file's bytes, which torch only copies from.
+    warnings.filterwarnings("ignore", "The given (NumPy array|buffer) is not writable")
+    folder = scratch / hashlib.sha256(images.data).hexdigest()[:16]
+    found: list[Peer] = []
+    missing: dict[str, str] = {}
+    for family in (_torchvision, _webdataset, _litdata, _mosaicml, _ffcv):
+        name = family.__name__.removeprefix("_")
+        try:
+            with _torch_threads_kept():
+                found += family(images, folder / name, batch)
+        except UserError as error:
+            missing[name] = str(error)
+        except ImportError as error:
+            missing[name] = f"{one_line(error)}: {REMEDIES.get(name, 'pip install -U vae_scale')}"
+    return found, missing
+
+
+def _torchvision(images: Images, folder: Path, batch: int) -> list[Peer]:
+    from torchvision.datasets import STL10
+    from torchvision.transforms import Compose, Normalize, ToTensor
+
+    if images.shape[1:3] != (SIDE, SIDE):
+        raise UserError(f"its STL10 reads images of {SIDE}x{SIDE} only, not of {images.shape[1]}x{images.shape[2]}")
+
+    class Unchecked(STL10):  # type: ignore[misc]
+        def _check_integrity(self) -> bool:
+            return True  # only the official files pass its md5 check
+
+    def write(folder: Path) -> None:
+        starts = tqdm(range(0, len(images), CHUNK), "writing STL-10 binaries")
+        chunks = ((images[start : start + CHUNK], list[int]()) for start in starts)
+        write_binaries(folder / "stl10_binary", {"unlabeled": chunks}, ["none"])
+
+    root = _written(folder, write)
+
+    @functools.cache
+    def samples() -> _Numbered:
+        transform = Compose([ToTensor(), Normalize(0.5, 0.5)])
+        stl10 = Unchecked(str(root), split="unlabeled", transform=transform)
+        return _Numbered(len(stl10), lambda number: stl10[number][0])
+
+    def loader(workers: int) -> Iterable[Any]:
+        return DataLoader(samples(), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+
+    return [_peer("torchvision", "STL10", workers, loader, _from_normalized) for workers in WORKERS]
+
+
+def _webdataset(images: Images, folder: Path, batch: int) -> list[Peer]:
+    import webdataset
+    from torchvision.io import ImageReadMode, decode_image
+
+    # Workers read whole shards, so there are some for each however few the images.
+    size = min(CHUNK, -(-len(images) // 8))
+    starts = range(0, len(images), size)
+
+    def write(encoding: str, folder: Path) -> None:
+        def shard(start: int) -> None:
+            part = images[start : start + size]
+            numbers = range(start, start + len(part))
+            write_shard(folder / f"{start:09d}.tar", [f"{number:09d}" for number in numbers], numbers, part, encoding)
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(tqdm(threads.map(shard, starts), f"writing WebDataset {encoding}", len(starts)))
+
+    def torchvision(encoded: bytes) -> Tensor:
+        return decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+
+    def loader(encoding: str, decoder: Any, workers: int) -> Iterable[Any]:
+        # The README's pipeline: shuffled while still encoded, batched in the workers. Its training example goes on to
+        # unbatch, shuffle and batch again in the main process, which costs time and is left out.
+        urls = [str(folder / encoding / f"{start:09d}.tar") for start in starts]
+        dataset = webdataset.WebDataset(urls, shardshuffle=100).shuffle(1000).decode(decoder)
+        batches = dataset.to_tuple(encoding, "cls").batched(batch)
+        return webdataset.WebLoader(batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+
+    # rgb8 is its own decoder to uint8, by Pillow. The notes show how to put in another, and torchvision's is faster.
+    faster = webdataset.handle_extension("png jpg", torchvision)
+    found = []
+    for name in ("npy", "png", "png by torchvision", "jpg", "jpg by torchvision"):
+        encoding = name[:3]
+        decoder, pixels = (faster, _from_planes) if "torchvision" in name else ("rgb8", _as_they_are)
+        make = functools.partial(loader, encoding, decoder)
+        _written(folder / encoding, functools.partial(write, encoding))
+        found += [_peer("webdataset", name, workers, make, pixels, encoding != "jpg") for workers in WORKERS]
+    return found
+
+
+def _litdata(images: Images, folder: Path, batch: int) -> list[Peer]:
+    import litdata
+
+    def array(number: int) -> tuple[Any, int]:
+        return images[number], number
+
+    def jpg(number: int) -> tuple[Any, int]:
+        encoded = io.BytesIO()
+        Image.fromarray(images[number]).save(encoded, **SAVE_OPTIONS["jpg"])
+        return litdata.Image(bytes=encoded.getvalue()), number
+
+    def write(sample: Callable[[int], Any], folder: Path) -> None:
+        # Chunks of 64 MB are the README's advice. Forked processes see the images; spawned ones would be sent them all.
+        numbers = list(range(len(images)))
+        with contextlib.redirect_stdout(io.StringIO()):  # its chatter; the progress bar is on standard error
+            litdata.optimize(sample, numbers, str(folder), chunk_bytes="64MB", num_workers=os.cpu_count(), start_method="fork")
+
+    def loader(name: str, workers: int) -> Iterable[Any]:
+        dataset = litdata.StreamingDataset(str(folder / name), shuffle=True, drop_last=False)
+        return litdata.StreamingDataLoader(dataset, batch_size=batch, num_workers=workers, persistent_workers=workers > 0)
+
+    # JPEG is the README's advice for images. Arrays need no decoding, and are read faster than tensors.
+    for sample in (array, jpg):
+        _written(folder / sample.__name__, functools.partial(write, sample))
+    return [
+        _peer("litdata", name, workers, functools.partial(loader, name), pixels, lossless=name == "array")
+        for name, pixels in (("array", _as_they_are), ("jpg", _from_planes))
+        for workers in WORKERS
+    ]
+
+
+def _mosaicml(images: Images, folder: Path, batch: int) -> list[Peer]:
+    import streaming
+
+    def write(folder: Path) -> None:
+        columns = {"image": f"ndarray:uint8:{','.join(map(str, images.shape[1:]))}", "number": "int"}
+        with streaming.MDSWriter(out=str(folder), columns=columns) as file:
+            for number in tqdm(range(len(images)), "writing MDS"):
+                file.write({"image": images[number], "number": number})
+
+    local = str(_written(folder, write))
+
+    def loader(workers: int) -> Iterable[Any]:
+        # The FAQ: tell the dataset the batch size too, and keep workers from one epoch to the next.
+        dataset = streaming.StreamingDataset(local=local, shuffle=True, batch_size=batch)
+        return DataLoader(dataset, batch, num_workers=workers, persistent_workers=workers > 0)
+
+    pair = operator.itemgetter("image", "number")
+    return [_peer("mosaicml", "ndarray", workers, loader, pair=pair) for workers in WORKERS]
+
+
+def _ffcv(images: Images, folder: Path, batch: int) -> list[Peer]:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+    from ffcv.writer import DatasetWriter
+
+    def write(folder: Path) -> None:
+        # Raw pixels give the best speed where the page cache holds them all (its guide to images).
+        writer = DatasetWriter(str(folder / "images.beton"), {"image": RGBImageField(write_mode="raw"), "number": IntField()})
+        writer.from_indexed_dataset(_Numbered(len(images), images.__getitem__))
+
+    file = _written(folder, write) / "images.beton"
+
+    # The tuning guide's settings for a small dataset. Its workers are threads.
+    def loader(workers: int) -> Iterable[Any]:
+        decoders = {"image": [SimpleRGBImageDecoder(), ToTensor()], "number": [IntDecoder(), ToTensor()]}
+        settings = {"order": OrderOption.RANDOM, "os_cache": True, "drop_last": False}
+        return Loader(str(file), batch, workers, pipelines=decoders, **settings)
+
+    def pair(sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return sample[0], sample[1].flatten()
+
+    return [_peer("ffcv", "raw", max(WORKERS), loader, pair=pair)]
+
+
+@contextlib.contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """Undoes what ffcv does when it is imported and used: it sets the threads of the whole process."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _written(folder: Path, write: Callable[[Path], None]) -> Path:
+    """`folder`, which `write` fills unless it is there: it is complete once it has its name."""
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        partial.rename(folder)
+    return folder
+
+
+def _peer(
+    family: str,
+    name: str,
+    workers: int,
+    loader: Callable[[int], Iterable[Any]],
+    pixels: Callable[[Tensor], Tensor] = _as_they_are,
+    lossless: bool = True,
+    pair: Callable[[Any], tuple[Tensor, Tensor]] = tuple,
+) -> Peer:
+    @functools.cache
+    def made() -> Iterable[Any]:
+        gc.collect()  # an earlier peer's loader that waits for collection would complain in the workers, who inherit it
+        return loader(workers)
+
+    def epoch() -> Iterator[tuple[Tensor, Tensor]]:
+        with _torch_threads_kept():
+            yield from map(pair, made())
+
+    return Peer(f"{family}, {name}, {workers} workers", family, lossless, epoch, pixels)
+
+
+class _Numbered(Dataset[tuple[Any, int]]):
+    """An indexed dataset of samples with their numbers."""
+
+    def __init__(self, samples: int, sample: Callable[[int], Any]) -> None:
+        self.samples = samples
+        self.sample = sample
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, number: int) -> tuple[Any, int]:
+        return self.sample(number), number
