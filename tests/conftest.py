@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -15,6 +16,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from vae_scale.data.images import Images
 from vae_scale.data.stl10 import write_binaries
+
+# How long an example takes says more about who else uses the machine.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 COUNTS = {"train": 60, "test": 30, "unlabeled": 90}
 CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]

@@ -1,4 +1,4 @@
-"""The benchmark of the data plane: it measures what it says, and refuses to time wrong images."""
+"""The benchmarks measure what they say, and that of the data plane refuses to time wrong images."""
 
 import json
 from collections.abc import Iterator
@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from conftest import TINY
+from torch import Tensor, nn
 
-from vae_scale.bench import main
-from vae_scale.benchmark import data
+from vae_scale.bench import main, read
+from vae_scale.benchmark import data, measuring, training
 from vae_scale.benchmark.data_peers import Peer
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
@@ -70,3 +71,86 @@ def test_too_few_images_are_refused(shards: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         main(["data", "--shards", str(shards)])
     assert "180 images are too few to measure batches of 256" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs on small matrices."""
+    monkeypatch.setattr(training, "SECONDS", 0.2)
+    monkeypatch.setattr(measuring, "CEILING_SECONDS", 0.02)
+    monkeypatch.setattr(measuring, "SIZES", {"cpu": (256, 512)})
+    monkeypatch.setattr(measuring, "COPY_BYTES", {"cpu": 2**24})
+
+
+@pytest.mark.usefixtures("quick")
+def test_training_is_measured_whole_and_in_parts(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"--data.shards={shards}", *TINY, f"--run={tmp_path / 'run'}", "--train.accumulation=2", "--optimizer.clip=0.5"]
+    main(["train", *words, "--repeats=2", "--json", str(tmp_path / "report.json"), "--profile", str(tmp_path / "traces")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = [training.STEP, training.TRAIN, training.SAVING]
+    assert [row["name"] for row in report["rows"]] == [measuring.MATRIX, measuring.COPY, *names]
+    assert all(len(row["runs"]) == 2 and min(row["runs"]) > 0 for row in report["rows"])
+    ratios = report["ratios"]
+    assert 0 < ratios["mfu"] < 1.5
+    assert 0.1 < ratios["train_over_step"] < 1.5
+    assert 0 <= ratios["data_wait"] < 1
+    parts = {part["name"]: part for part in report["parts"]}
+    every = {"data wait", "draws", "forward", "backward", "clip and optimizer", "EMA", "logging", "checkpoint stall"}
+    assert set(parts) == every | {"the rest"}
+    assert all(parts[name]["ms_each"] > 0 for name in every)
+    assert parts["forward"]["ms_per_step"] == pytest.approx(2 * parts["forward"]["ms_each"])  # two pieces
+    assert parts["logging"]["ms_per_step"] == pytest.approx(parts["logging"]["ms_each"] / 5)
+    assert parts["checkpoint stall"]["ms_per_step"] == pytest.approx(parts["checkpoint stall"]["ms_each"] * 12 / 500_000)
+    assert report["batch"] == 12
+    assert report["precision"] == "fp32"
+    assert report["peak_memory_bytes"] > 2**20
+    assert json.loads((tmp_path / "traces" / "train.json").read_text())["traceEvents"]
+    assert not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    assert "train_over_step" in printed
+    assert "checkpoint stall" in printed
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_bare_step_is_measured_alone(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["step", f"--data.shards={shards}", *TINY, "--repeats=1", "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["ratios"]) == {"mfu"}
+    assert report["parts"] == []
+    assert "bare step" in capsys.readouterr().out
+
+
+def test_a_run_that_is_measured_moves_the_weights_in_the_whole_trainer_only(shards: Path, tmp_path: Path) -> None:
+    config = read(["train", f"--data.shards={shards}", *TINY, f"--run={tmp_path}", "--track.tracker=none"])[1]
+    assert config is not None
+    with training._Subject(training.Trainer(config)) as subject:
+        weights = [parameter.clone() for parameter in subject.trainer.model.parameters()]
+        subject.step()
+        assert all(map(torch.equal, weights, subject.trainer.model.parameters()))
+        subject.train(saving=True)
+        assert not all(map(torch.equal, weights, subject.trainer.model.parameters()))
+    assert (tmp_path / "checkpoints" / "images_000000012").exists()
+
+
+def test_flops_are_those_counted_by_hand() -> None:
+    linear = nn.Linear(7, 5)  # weights' gradient as costly as the product; none of its input is wanted
+    assert training.count_flops(lambda: linear(torch.randn(3, 7)).sum()) == 2 * (2 * 3 * 7 * 5)
+    convolution = nn.Conv2d(4, 6, 3, padding=1)
+    images = torch.randn(2, 4, 8, 8, requires_grad=True)
+    assert training.count_flops(lambda: convolution(images).sum()) == 3 * (2 * 2 * 6 * 8 * 8 * 4 * 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data", "--shards=x", "--model.width=3"], "unrecognized arguments: --model.width=3"),
+        (["step", "--train.bacth_size=3"], "train.bacth_size"),
+        (["train", "--data.shards=nowhere"], "nowhere"),
+        (["train", "--dry-run"], "--dry-run goes with python -m vae_scale.train"),
+        (["train", "--repeats=0"], "--repeats is 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert told in capsys.readouterr().err.splitlines()[-1]

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bad_server import Server
 from conftest import discs
 from PIL import Image
 
 from vae_scale.data.images import Images
 from vae_scale.data.shards import ShardSet
+from vae_scale.data.storage import Cache
 from vae_scale.data.stream import Stream
 from vae_scale.pack import main
 
@@ -74,6 +76,23 @@ def test_jpegs_with_labels_are_streamed_like_our_own(theirs: tuple[Path, Images]
         seen += batch.rows.tolist()
     assert sorted(seen) == list(range(120))
     main(["--verify", str(folder)])
+
+
+def test_shards_of_a_server_are_indexed_where_they_are(theirs: tuple[Path, Images], tmp_path: Path) -> None:
+    folder, pictures = theirs
+    server = Server(folder)
+    try:
+        server.faults["disc-002.tar"] = ["reset"]
+        urls = f"train={server.url}/disc-{{000..002}}.tar?key=secret"
+        main(["--index", urls, f"test={server.url}/disc-003.tar", "--out", str(tmp_path / "index")])
+        assert server.requests["disc-002.tar"] == 2
+        assert [path.name for path in (tmp_path / "index").iterdir()] == ["index.json"]
+        found = ShardSet.open(tmp_path / "index", Cache(tmp_path / "cache"))
+        assert found.splits == {"train": 30, "test": 10}
+        for batch in islice(Stream(found, 20, seed=1), 2):
+            assert np.abs(batch.images.numpy().astype(float) - pictures[batch.rows]).mean() < 6
+    finally:
+        server.stop()
 
 
 def test_splits_are_named_by_the_user(theirs: tuple[Path, Images]) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from vae_scale import ResNetVAE
 from vae_scale.config import PRESETS, Config, ObjectiveConfig, VAEConfig
 from vae_scale.errors import UserError
-from vae_scale.models.blocks import Attention, ResBlock, depth_to_space, space_to_depth
+from vae_scale.models.blocks import Attention, GroupNorm, ResBlock, depth_to_space, space_to_depth
 from vae_scale.models.ladder import LadderVAE
 from vae_scale.models.likelihoods import LEVELS_PER_UNIT, Classic, LogisticMixture, Scaled
 from vae_scale.models.networks import build
@@ -73,6 +73,15 @@ def test_folding_pixels_into_channels_is_undone(batch: int, side: int, fold: int
     folded = space_to_depth(x, fold)
     assert folded.shape == (batch, 3 * fold**2, side, side)
     assert torch.equal(depth_to_space(folded, fold), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_is_torchs_own_and_stays_in_channels_last_memory(dtype: torch.dtype) -> None:
+    ours, theirs = GroupNorm(8, 32).to(dtype), torch.nn.GroupNorm(8, 32).to(dtype)
+    x = torch.randn(4, 32, 6, 5).to(dtype, memory_format=torch.channels_last)
+    found = ours(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(found, theirs(x), atol=0 if dtype == torch.float32 else 0.03)
 
 
 def test_features_stay_in_channels_last_memory() -> None:

@@ -56,18 +56,23 @@ def test_any_place_is_reached_without_what_came_before(plan: Plan, batch: int) -
 
 
 @given(PLANS, st.sampled_from([1, 2, 4]))
-def test_what_a_batch_needs_was_said_with_the_window_before(plan: Plan, ranks: int) -> None:
+def test_a_rank_is_told_all_shards_that_it_needs(plan: Plan, ranks: int) -> None:
     starts = np.concatenate([[0], np.cumsum(plan.sizes)])
-    for rank in range(ranks):
-        said: list[int] = []
-        for batch in range(3 * plan.images // plan.batch + 2):
+    for batch in range(3 * plan.images // plan.batch + 2):
+        for rank in range(ranks):
             rows, needed = plan.share(batch * plan.batch, rank, ranks)
-            used = set((np.searchsorted(starts, rows, side="right") - 1).tolist())
-            assert used <= set(needed)
-            # A batch that does not reach over more than one window finds its shards loading already.
-            if batch and plan.streams == 1 and plan.batch // ranks <= min(plan.sizes):
-                assert used <= set(said)
-            said = needed
+            assert set((np.searchsorted(starts, rows, side="right") - 1).tolist()) <= set(needed)
+
+
+@given(st.lists(st.integers(12, 40), min_size=1, max_size=8), st.integers(1, 9), st.sampled_from([1, 2, 4]))
+def test_a_shard_is_told_one_batch_before_it_is_needed(sizes: list[int], window: int, ranks: int) -> None:
+    plan, starts = Plan(sizes, 1, 12, window), np.concatenate([[0], np.cumsum(sizes)])
+    for rank in range(ranks):
+        told = plan.share(0, rank, ranks)[1]
+        for batch in range(1, 3 * plan.images // plan.batch):
+            rows, needed = plan.share(batch * plan.batch, rank, ranks)
+            assert set((np.searchsorted(starts, rows, side="right") - 1).tolist()) <= set(told)
+            told = needed
 
 
 def test_a_window_mixes_only_its_own_shards() -> None:

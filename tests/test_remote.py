@@ -445,6 +445,20 @@ def test_training_over_http_ends_well_and_without_its_server_in_one_line(shards:
     assert "Traceback" not in told[1]
 
 
+def test_a_run_keeps_its_order_when_its_shards_move(
+    shards: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By default so many are mixed of shards that are fetched, and of these seven, where they are local, all.
+    monkeypatch.setattr("vae_scale.data.stream.WINDOW", 2)
+    always = [*TINY, "--data.window=null", "--track.tracker=none", f"--data.cache_dir={tmp_path / 'cache'}"]
+    first = parse([*always, f"--data.shards={shards}", f"--run={tmp_path / 'run'}", "--train.images=24"])[0]
+    Trainer(first).run()
+    moved = parse([*always, f"--data.shards={server.url}", f"--run={tmp_path / 'run'}", "--train.images=48"])[0]
+    assert Trainer(moved).stream.plan.window == 7
+    new = parse([*always, f"--data.shards={server.url}", f"--run={tmp_path / 'new'}"])[0]
+    assert Trainer(new).stream.plan.window == 2
+
+
 def test_a_model_brings_no_commands(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,12 @@
 """The stream: batches that follow the plan, from anywhere."""
 
+import gc
 import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 
@@ -13,8 +16,11 @@ import torch
 from conftest import COUNTS, discs
 
 from vae_scale.data.images import Images
+from vae_scale.data.reader import Reader
+from vae_scale.data.shard_file import Shard
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.stl10 import write_binaries
+from vae_scale.data.storage import Folder
 from vae_scale.data.stream import Batch, Stream
 from vae_scale.errors import UserError
 from vae_scale.pack import main as pack
@@ -141,3 +147,26 @@ def test_a_batch_stays_untouched_until_the_next_is_asked_for(train_set: ShardSet
     for batch in islice(Stream(train_set, 16, seed=3, prefetch=1), 20):
         threading.Event().wait(0.005)  # the thread fills every buffer that is free
         assert np.array_equal(batch.images.numpy(), pixels[batch.rows])
+
+
+def test_what_was_found_stays_in_memory_though_all_is_let_go_of(shards: Path, pixels: Images) -> None:
+    arrived = threading.Event()
+
+    class Slow(Folder):
+        def open(self, shard: Shard) -> BufferedReader:
+            arrived.wait()
+            return super().open(shard)
+
+    rows, found = np.arange(20), []
+    with Reader(replace(ShardSet.open(shards).select("train"), storage=Slow(shards))) as reader:
+        reader.need([0])
+        thread = threading.Thread(target=lambda: found.append(reader.find(rows)))
+        thread.start()
+        threading.Event().wait(0.2)  # it waits for the shard
+        reader.need([])
+        arrived.set()
+        thread.join()
+    gc.collect()
+    out = np.empty((20, 96, 96, 3), np.uint8)
+    found[0].copy(out)
+    assert np.array_equal(out, pixels[rows])

@@ -1,4 +1,4 @@
-"""`python -m vae_scale.bench data --shards DIR`: measures how fast this machine gets images ready for training."""
+"""`python -m vae_scale.bench data|step|train`: measures how fast images get ready here, and how fast training is."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from vae_scale.config import Config, parse
 from vae_scale.errors import UserError, command
 
 WINDOWS = (1, 4, 16)
@@ -20,20 +21,47 @@ def _parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="images per second from shards into batches")
     data.add_argument("--shards", required=True, metavar="DIR", help="what python -m vae_scale.pack wrote")
     data.add_argument("--batch", type=int, default=256, metavar="N", help="images of a batch (default: 256)")
-    data.add_argument("--repeats", type=int, default=5, metavar="N", help="runs, of which the median counts (default: 5)")
     data.add_argument("--peers", action="store_true", help="also other loaders on the same images (extra: bench)")
     data.add_argument("--scratch", type=Path, metavar="DIR", help="where --peers keeps other formats (default: deleted after)")
-    data.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    training = {"step": "images per second of the bare training step", "train": "the whole trainer beside the bare step"}
+    for name, told in training.items():
+        other = "all other options are those of python -m vae_scale.train, such as --config FILE"
+        verb = verbs.add_parser(name, help=told, epilog=other, allow_abbrev=False)
+        verb.add_argument("--profile", type=Path, metavar="DIR", help="write a profiler's trace of a few steps there")
+    for verb in verbs.choices.values():
+        verb.add_argument("--repeats", type=int, default=5, metavar="N", help="runs, of which the median counts (default: 5)")
+        verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser
+
+
+def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config | None]:
+    """The command line, and the configuration of the training that it names.
+
+    Raises:
+        UserError: naming the option of training that is unknown, of a wrong type or impossible.
+    """
+    parser = _parser()
+    args, others = parser.parse_known_args(argv)
+    if args.what == "data":
+        if others:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        return args, None
+    config, dry_run = parse(others)
+    if dry_run:
+        raise UserError("--dry-run goes with python -m vae_scale.train")
+    return args, config
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. `argv` is the command line, by default the process's own."""
-    args = _parser().parse_args(argv)
+    args, config = read(argv)
     for option in ("batch", "repeats"):
-        if getattr(args, option) < 1:
+        if getattr(args, option, 1) < 1:
             raise UserError(f"--{option} is {getattr(args, option)}; it must be at least 1")
+    if config:
+        _training(args, config)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         scratch = (args.scratch or Path(temporary)) if args.peers else None
         _data(args, scratch)
@@ -68,6 +96,37 @@ def _data(args: argparse.Namespace, scratch: Path | None) -> None:
         write_json(
             args.json, {"machine": where, **dataclasses.asdict(found), "shuffle": list(map(dataclasses.asdict, shuffles))}
         )
+
+
+def _training(args: argparse.Namespace, config: Config) -> None:
+    from vae_scale.benchmark.measuring import COPY, MATRIX, machine, markdown, write_json
+    from vae_scale.benchmark.training import measure
+
+    found = measure(config, args.what == "train", args.repeats, args.profile)
+    where = machine()
+    units = {MATRIX: (1e12, "TFLOP/s"), COPY: (1e9, "GB/s")}
+
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
+    print(f"{found.parameters:,} parameters, {found.flops_per_image / 1e9:,.2f} GFLOP per image; ", end="")
+    print(f"batches of {found.batch}, {found.precision}; {found.steps} steps a run, without evaluation\n")
+    lines = [["", "median", "lowest", "highest", ""]]
+    for row in found.rows:
+        size, unit = units.get(row.name, (1.0, "images/s"))
+        speeds = [f"{speed / size:,.{2 if size > 1 else 1}f}" for speed in (row.median, min(row.runs), max(row.runs))]
+        lines.append([row.name, *speeds, unit])
+    print(markdown(lines))
+    print()
+    print(markdown([["ratio", ""], *([name, f"{ratio:.4f}"] for name, ratio in found.ratios.items())]))
+    print(f"\nat most {found.peak_memory_bytes / 2**20:,.0f} MiB of memory")
+    if found.parts:
+        step = sum(part.ms_per_step for part in found.parts)
+        lines = [["timed by itself", "ms each", "ms per step", "share"]]
+        for part in found.parts:
+            lines.append([part.name, f"{part.ms_each:,.3f}", f"{part.ms_per_step:,.3f}", f"{part.ms_per_step / step:.2%}"])
+        print()
+        print(markdown(lines))
+    if args.json:
+        write_json(args.json, {"machine": where, **dataclasses.asdict(found)})
 
 
 if __name__ == "__main__":

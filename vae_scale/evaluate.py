@@ -14,10 +14,8 @@ FEW = 10_000  # images, below which a note says that the Frechet distance is bia
 if TYPE_CHECKING:
     import torch
 
-    from vae_scale.data.shards import ShardSet
     from vae_scale.metrics.features import Extractor
     from vae_scale.metrics.reconstruction import Perceptual
-    from vae_scale.models.vae import VAE
     from vae_scale.training.evaluation import Processes
 
 
@@ -80,12 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     torch.backends.cudnn.allow_tf32 = False  # numbers to compare with other machines'
-    processes = Processes(
-        accelerator.process_index,
-        accelerator.num_processes,
-        lambda sums: accelerator.reduce(sums, "sum"),
-        accelerator.gather,
-    )
+    processes = Processes.of(accelerator)
     report = _measure(args, accelerator.device, processes)
     if accelerator.is_main_process:
         _tell(report, args.json)
@@ -94,20 +87,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _measure(args: argparse.Namespace, device: "torch.device", processes: "Processes") -> dict[str, Any]:
     """The report; on ranks other than 0 without what needs all samples."""
-    import torch
 
     from vae_scale.metrics.frechet import Moments, frechet_distance
     from vae_scale.metrics.neighbours import compare, require
     from vae_scale.models.vae import VAE, Sampler
     from vae_scale.training import checkpoint
     from vae_scale.training.assessment import decoded_features, describe, reference_features
+    from vae_scale.training.evaluation import newest_for_all, open_images
 
-    found = 0 if processes.rank else checkpoint.images_of(checkpoint.newest_of(args.run, "--run"))
-    images_seen = int(processes.add_up(torch.tensor(found, device=device)))  # rank 0 decides for all
-    folder = checkpoint.folder_of(args.run, images_seen)
+    folder = newest_for_all(args.run, "--run", processes, device)
     state, _ = checkpoint.load(folder)
     model = VAE.from_pretrained(folder, "ema.safetensors").to(device)
-    shards = _shards(args, state["config"]["data"], model)
+    data = state["config"]["data"]
+    shards = open_images(args.shards, data, model.resolution).select(args.split or data["test"])
     images = min(args.images or len(shards), len(shards))
     samples, sampler = args.samples or images, Sampler(args.steps, args.solver)
     prior = model.name_prior(args.prior, sampler)  # what cannot be had is told before the long work
@@ -115,7 +107,7 @@ def _measure(args: argparse.Namespace, device: "torch.device", processes: "Proce
         require(images, samples)
     report: dict[str, Any] = {
         "checkpoint": str(folder),
-        "images_seen": images_seen,
+        "images_seen": checkpoint.images_of(folder),
         "shards": shards.location,
         "fingerprint": shards.fingerprint,
         "split": shards.shards[0].split,
@@ -148,18 +140,6 @@ def _measure(args: argparse.Namespace, device: "torch.device", processes: "Proce
         report[f"reconstruction_{name}"] = frechet_distance(reconstructions, real)
         report |= compare(reference, drawn)
     return report
-
-
-def _shards(args: argparse.Namespace, data: dict[str, Any], model: "VAE") -> "ShardSet":
-    """The images to compare with."""
-    from vae_scale.data.shards import ShardSet
-
-    shards = ShardSet.open(args.shards or data["shards"], commands=args.shards is not None)
-    shards = shards.select(args.split or data["test"])
-    height, width = shards.image_shape[:2]
-    if (height, width) != (model.resolution, model.resolution):
-        raise UserError(f"--shards {shards.location}: images of {width}x{height}, the model's are {model.resolution} a side")
-    return shards
 
 
 def _networks(

@@ -101,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _draw(model: "VAE", folder: Path, sampler: "Sampler", args: argparse.Namespace) -> tuple["Tensor", int | None, str]:
     """The images wanted, in how many columns, and what they are."""
-    from vae_scale.data.shards import ShardSet
     from vae_scale.training import checkpoint, gallery
+    from vae_scale.training.evaluation import open_images
 
     def draw(num: int) -> "Tensor":
         return model.draw_latents(num, args.seed, args.temperature, args.prior, sampler, args.batch_size)
@@ -110,7 +110,7 @@ def _draw(model: "VAE", folder: Path, sampler: "Sampler", args: argparse.Namespa
     prior = f"the prior {model.name_prior(args.prior, sampler)}"
     if args.reconstruct or args.neighbours:
         data = checkpoint.load(folder)[0]["config"]["data"]
-        shards = ShardSet.open(args.shards or data["shards"], commands=args.shards is not None)
+        shards = open_images(args.shards, data, model.resolution)
         if args.reconstruct:
             told = "held-out images, each followed by its reconstruction"
             return gallery.reconstructions(model, shards.select(data["test"]), args.num, args.batch_size), 8, told

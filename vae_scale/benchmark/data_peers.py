@@ -125,8 +125,8 @@ def _torchvision(images: Images, folder: Path, batch: int) -> list[Peer]:
 
 
 def _webdataset(images: Images, folder: Path, batch: int) -> list[Peer]:
+    import torchvision
     import webdataset
-    from torchvision.io import ImageReadMode, decode_image
 
     # Workers read whole shards, so there are some for each however few the images.
     size = min(CHUNK, -(-len(images) // 8))
@@ -141,8 +141,9 @@ def _webdataset(images: Images, folder: Path, batch: int) -> list[Peer]:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(tqdm(threads.map(shard, starts), f"writing WebDataset {encoding}", len(starts)))
 
-    def torchvision(encoded: bytes) -> Tensor:
-        return decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+    def planes(encoded: bytes) -> Tensor:
+        content = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        return torchvision.io.decode_image(content, torchvision.io.ImageReadMode.RGB)
 
     def loader(encoding: str, decoder: Any, workers: int) -> Iterable[Any]:
         # The README's pipeline: shuffled while still encoded, batched in the workers. Its training example goes on to
@@ -153,9 +154,12 @@ def _webdataset(images: Images, folder: Path, batch: int) -> list[Peer]:
         return webdataset.WebLoader(batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
     # rgb8 is its own decoder to uint8, by Pillow. The notes show how to put in another, and torchvision's is faster.
-    faster = webdataset.handle_extension("png jpg", torchvision)
+    faster = webdataset.handle_extension("png jpg", planes)
     found = []
-    for name in ("npy", "png", "png by torchvision", "jpg", "jpg by torchvision"):
+    names = ["npy", "png", "jpg"]
+    if hasattr(torchvision.io, "decode_image"):  # deprecated in 0.29
+        names += ["png by torchvision", "jpg by torchvision"]
+    for name in names:
         encoding = name[:3]
         decoder, pixels = (faster, _from_planes) if "torchvision" in name else ("rgb8", _as_they_are)
         make = functools.partial(loader, encoding, decoder)

@@ -1,12 +1,14 @@
-"""Medians of alternated runs, and where they were measured."""
+"""Medians of alternated runs, where they were measured, and how fast anything could be there."""
 
 import json
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,11 @@ from tqdm import tqdm
 
 from vae_scale import __version__
 
+CEILING_SECONDS = 0.3  # of a run
+SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # sides of matrices
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+MATRIX, COPY = "matrix product", "memory copy"
+
 
 @dataclass
 class Row:
@@ -22,7 +29,7 @@ class Row:
 
     Attributes:
         name: What was measured.
-        runs: Images per second of each run.
+        runs: Speed of each run: images per second, or what the name says.
     """
 
     name: str
@@ -30,19 +37,20 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Images per second."""
+        """Speed of the run in the middle."""
         return statistics.median(self.runs)
 
 
-def alternate(tasks: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, Row]:
+def alternate(tasks: Mapping[str, Callable[[], float]], repeats: int, told: str) -> dict[str, Row]:
     """Runs all tasks one after the other, `repeats` times, so that a busy machine slows all of them alike.
 
     Args:
-        tasks: By name; each returns images per second.
+        tasks: By name; each returns a speed.
         repeats: Runs of each, after one that does not count.
+        told: Beside the progress bar.
     """
     rows = {name: Row(name) for name in tasks}
-    with tqdm(total=len(tasks) * (repeats + 1), unit=" runs", desc="measuring") as bar:
+    with tqdm(total=len(tasks) * (repeats + 1), unit=" runs", desc=told, disable=not tasks) as bar:
         for repeat in range(repeats + 1):
             for name, task in tasks.items():
                 bar.set_postfix_str(name)
@@ -51,6 +59,49 @@ def alternate(tasks: Mapping[str, Callable[[], float]], repeats: int) -> dict[st
                     rows[name].runs.append(speed)
                 bar.update()
     return rows
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
+    """The device's limits, as tasks to alternate with others.
+
+    Returns:
+        The best of some matrix products of `dtype`, in FLOP per second; a copy within memory, in bytes read and written
+        per second.
+    """
+    squares = [torch.randn(side, side, device=device, dtype=dtype) for side in SIZES[device.type]]
+    results = [torch.empty_like(square) for square in squares]
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def matrix_product() -> float:
+        return max(
+            2 * len(square) ** 3 / fastest(partial(torch.mm, square, square, out=result), device)
+            for square, result in zip(squares, results, strict=True)
+        )
+
+    def memory_copy() -> float:
+        return 2 * len(source) / fastest(partial(target.copy_, source), device)
+
+    return {MATRIX: matrix_product, COPY: memory_copy}
+
+
+def fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of the calls that a short run has time for, until `device` is done."""
+    best, spent = math.inf, 0.0
+    while spent < CEILING_SECONDS:
+        synchronise(device)
+        begin = time.perf_counter()
+        work()
+        synchronise(device)
+        seconds = time.perf_counter() - begin
+        best, spent = min(best, seconds), spent + seconds
+    return best
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def machine() -> dict[str, str]:

@@ -102,18 +102,18 @@ class Reader:
         """
         self.find(rows).copy(out)
 
-    def find(self, rows: Rows) -> "Found":
+    def find(self, rows: Rows) -> Found:
         """Where samples `rows` of needed shards lie in memory; waits until they do.
 
         Raises:
             UserError: a shard is missing, damaged or cannot be fetched.
         """
-        numbers = self._numbers[rows]
+        numbers, held = self._numbers[rows], self._held  # taken first: another thread may let go of all in the meantime
         for number in set(numbers[self._origins[numbers] == 0].tolist()):
             array = self._arrays[number].result()
             self._stride = array.strides[0]
             self._origins[number] = array.ctypes.data - int(self.shards.starts[number]) * self._stride
-        return Found(self._origins[numbers] + rows * self._stride, self._held)
+        return Found(self._origins[numbers] + rows * self._stride, held)
 
     def _load(self) -> None:
         while (item := self._queue.get()) is not None:

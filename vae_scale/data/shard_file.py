@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from vae_scale.data.images import Images, decode, square
@@ -60,20 +61,26 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where pixels lie in a shard of encoding npy.
+    """Where pixels, or other numbers, lie in a shard of encoding npy.
 
     Every sample is a label member (header and one block) followed by a npy member, so samples are `stride` bytes apart
     and pixels of the first begin at `offset`. Other encodings have no layout: both are None.
+
+    Attributes:
+        encoding: One of `ENCODINGS`.
+        shape: Of a sample: (H, W, 3) of an image.
+        dtype: Of its numbers, as npy headers write it.
     """
 
     encoding: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
+    dtype: str = "|u1"
 
     @property
     def npy_header(self) -> bytes:
         """What precedes the pixels in each npy member."""
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": tuple(self.shape)})
+        np.lib.format.write_array_header_1_0(header, {"descr": self.dtype, "fortran_order": False, "shape": tuple(self.shape)})
         return header.getvalue()
 
     @property
@@ -86,7 +93,7 @@ class Layout:
         """Bytes from one sample to the next."""
         if self.encoding != "npy":
             return None
-        content = len(self.npy_header) + int(np.prod(self.shape))
+        content = len(self.npy_header) + math.prod(self.shape) * np.dtype(self.dtype).itemsize
         return 3 * BLOCK + -(-content // BLOCK) * BLOCK
 
 
@@ -95,14 +102,16 @@ def shard_name(name: str, split: str, number: int) -> str:
     return f"{name}-{split}-{number:06d}.tar"
 
 
-def write_shard(path: Path, keys: Sequence[str], labels: Sequence[int], images: Images, encoding: str) -> dict[str, Any]:
+def write_shard(
+    path: Path, keys: Sequence[str], labels: Sequence[int], images: npt.NDArray[Any], encoding: str
+) -> dict[str, Any]:
     """Writes one shard. `path` exists only once the shard is complete and on the disk.
 
     Args:
         path: The shard's final name.
         keys: One key per sample: ASCII, at most 96 characters.
         labels: One label per sample; -1 for none.
-        images: uint8 [n, H, W, 3], contiguous.
+        images: uint8 [n, H, W, 3], contiguous; with npy any numbers of any shape [n, ...].
         encoding: One of `ENCODINGS`.
 
     Returns:
@@ -155,10 +164,10 @@ def _write(path: Path, content: memoryview, flag: int) -> None:
         os.close(file)
 
 
-def _array_tar(keys: Sequence[str], labels: Sequence[int], images: Images) -> memoryview:
+def _array_tar(keys: Sequence[str], labels: Sequence[int], images: npt.NDArray[Any]) -> memoryview:
     """The bytes that `webdataset.TarWriter` makes of these samples, put together as one array: it takes 2% of the time."""
-    samples, height, width, channels = images.shape
-    layout = Layout("npy", (height, width, channels))
+    samples, size = len(images), images[0].nbytes
+    layout = Layout("npy", images.shape[1:], images.dtype.str)
     header, offset, stride = layout.npy_header, layout.offset, layout.stride
     assert offset is not None
     assert stride is not None
@@ -168,11 +177,10 @@ def _array_tar(keys: Sequence[str], labels: Sequence[int], images: Images) -> me
     texts = [str(label).encode() for label in labels]
     rows[:, :BLOCK] = _tar_headers([f"{key}.cls" for key in keys], [len(text) for text in texts])
     rows[:, BLOCK : 2 * BLOCK] = _fields(texts, BLOCK)
-    rows[:, 2 * BLOCK : 3 * BLOCK] = _tar_headers([f"{key}.npy" for key in keys], [len(header) + images[0].size] * samples)
+    rows[:, 2 * BLOCK : 3 * BLOCK] = _tar_headers([f"{key}.npy" for key in keys], [len(header) + size] * samples)
     rows[:, 3 * BLOCK : offset] = np.frombuffer(header, np.uint8)
-    pixels = offset + images[0].size
-    rows[:, offset:pixels] = images.reshape(samples, -1)
-    rows[:, pixels:] = 0
+    rows[:, offset : offset + size] = images.reshape(samples, -1).view(np.uint8)
+    rows[:, offset + size :] = 0
     content[end:] = 0
     return content.data
 
@@ -250,6 +258,15 @@ def decode_shard(file: BufferedReader, samples: int, shape: tuple[int, int, int]
     Raises:
         ValueError: it is damaged, or holds other images than the manifest says.
     """
+    with _decoding:
+        return _decoded(file, samples, shape, fit)
+
+
+# More threads than cores would take the interpreter lock from each other.
+_decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
+def _decoded(file: BufferedReader, samples: int, shape: tuple[int, int, int], fit: bool) -> Images:
     # Mapped memory goes back to the system when it is let go, and lies near that of mapped files.
     images = np.ndarray((samples, *shape), np.uint8, mmap.mmap(-1, samples * math.prod(shape)))
     found = 0
@@ -276,11 +293,36 @@ def members(file: BufferedReader) -> Iterator[tuple[str, bytes]]:
     Raises:
         ValueError: it is not a whole tar.
     """
+    position = 0
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        # tarfile takes half as long for a small image as decoding it, and holds the interpreter lock. So plain members are
+        # read here.
+        while member := _plain_member(content, position):
+            name, begin, size = member
+            yield name, content[begin : begin + size]
+            position = begin + size + -size % BLOCK
+        if content[position : position + 2 * BLOCK] == bytes(2 * BLOCK):
+            return
     try:
+        file.seek(position)
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                content = tar.extractfile(member)
-                if content is not None:
-                    yield member.name, content.read()
+            for entry in tar:
+                extracted = tar.extractfile(entry)
+                if extracted is not None:
+                    yield entry.name, extracted.read()
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"not a whole tar ({error})") from None
+
+
+def _plain_member(content: mmap.mmap, position: int) -> tuple[str, int, int] | None:
+    """Name, place and size of the member at `position` if it is a whole file with a short name; None for all else."""
+    header = content[position : position + BLOCK]
+    if len(header) < BLOCK or header[156:157] not in (b"0", b"\0") or header[345] or header[124] & 0x80:
+        return None
+    try:
+        size, checksum = (int(field.strip(b" \0"), 8) for field in (header[124:136], header[148:156]))
+        name = header[:100].rstrip(b"\0").decode("ascii")
+    except ValueError:
+        return None
+    whole = sum(header) - sum(header[148:156]) + 8 * ord(" ") == checksum and position + BLOCK + size <= len(content)
+    return (name, position + BLOCK, size) if whole else None

@@ -50,7 +50,7 @@ class ShardSet:
             commands: Whether the command of a `pipe:` may be run: not where the location comes with a model.
 
         Raises:
-            UserError: there is no manifest, it cannot be fetched, it is damaged, or of an unknown version.
+            UserError: there is no manifest, it cannot be fetched, it is damaged, of an unknown version, or of latents.
         """
         cache = cache or Cache()
         storage = open_storage(location, cache, commands)
@@ -145,6 +145,8 @@ def _from_manifest(storage: Storage, content: Any, cache: Cache) -> ShardSet:
             f"{storage.location}/index.json: format version {ours['version']}, this vae_scale reads {FORMAT_VERSION}; "
             "pack again, or use the vae_scale that wrote it"
         )
+    if ours.get("content") == "latents":
+        raise UserError(f"{storage.location}/index.json: holds latents, not images; give the shards they were made of")
     if ours["encoding"] not in ENCODINGS:
         raise ValueError(f"unknown encoding {ours['encoding']}")
     height, width, channels = (int(side) for side in ours["image_shape"])

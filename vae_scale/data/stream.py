@@ -1,4 +1,4 @@
-"""Batches of images, gathered ahead of the trainer in a background thread."""
+"""Batches of images, gathered ahead of the trainer by threads."""
 
 import itertools
 import queue
@@ -15,8 +15,14 @@ from vae_scale.data.plan import Plan, Rows
 from vae_scale.data.reader import LOADERS, Reader
 from vae_scale.data.shards import ShardSet
 
-COPIERS = 2
+COPIERS = 2  # threads, each with a batch of its own
 WINDOW = 16  # shards; of those that are fetched or decoded, not all are to be there at once
+
+
+def default_window(shards: ShardSet) -> int:
+    """Shards that are mixed where nobody says how many: all that need not be fetched or decoded, else at most 16."""
+    everything = len(shards.shards)
+    return everything if shards.encoding == "npy" and shards.storage.local else min(WINDOW, everything)
 
 
 @dataclass
@@ -32,7 +38,7 @@ class Batch:
     rows: Rows
 
 
-_Results = queue.SimpleQueue[tuple[Tensor, Rows] | BaseException]
+_Results = queue.SimpleQueue[tuple[Tensor, Rows] | BaseException]  # of one copier
 
 
 class Stream:
@@ -75,9 +81,7 @@ class Stream:
         self.images_seen = images_seen
         self.wait_seconds = 0.0
         self.device = torch.device(device)
-        everything = len(shards.shards)
-        window = window or (everything if shards.encoding == "npy" and shards.storage.local else WINDOW)
-        self.plan = Plan([shard.samples for shard in shards.shards], seed, batch, min(window, everything), streams)
+        self.plan = Plan([shard.samples for shard in shards.shards], seed, batch, window or default_window(shards), streams)
         self._rank, self._ranks, self._prefetch = rank, ranks, prefetch
         self._resident = self._load() if cache == "device" else None
 

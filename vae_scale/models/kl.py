@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vae_scale.config import VAEConfig
 from vae_scale.errors import UserError
-from vae_scale.models.blocks import conv
+from vae_scale.models.blocks import GroupNorm, conv
 from vae_scale.models.likelihoods import Scaled, make_likelihood
 from vae_scale.models.resnet import FIRST_LOG_SIGMA
 from vae_scale.models.vae import VAE, Posterior
@@ -139,8 +139,8 @@ def _decoder(widths: list[int], blocks: int, latent_channels: int, groups: int, 
     )
 
 
-def _norm(channels: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, channels, eps=EPS)
+def _norm(channels: int, groups: int) -> GroupNorm:
+    return GroupNorm(groups, channels, eps=EPS)
 
 
 def _blocks(c_in: int, c_out: int, count: int, groups: int) -> nn.Sequential:

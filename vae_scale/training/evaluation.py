@@ -1,7 +1,9 @@
 """How well a model describes images it was not trained on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,10 +13,15 @@ from tqdm import tqdm
 from vae_scale.data.plan import evaluation_rows
 from vae_scale.data.reader import Reader
 from vae_scale.data.shards import ShardSet
+from vae_scale.errors import UserError
 from vae_scale.metrics.reconstruction import psnr
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import noise_of_each
+from vae_scale.training import checkpoint
 from vae_scale.training.objective import bits_per_dim, to_model
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,46 @@ class Processes:
     add_up: Callable[[Tensor], Tensor] = lambda sums: sums
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
 
+    @staticmethod
+    def of(accelerator: "Accelerator") -> "Processes":
+        """Those that were launched together."""
+        return Processes(
+            accelerator.process_index,
+            accelerator.num_processes,
+            lambda sums: accelerator.reduce(sums, "sum"),
+            accelerator.gather,
+        )
+
 
 ALONE = Processes()
+
+
+def newest_for_all(run: Path, option: str, processes: Processes, device: torch.device) -> Path:
+    """The newest whole checkpoint of the run that `option` names, the same for all processes.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = 0 if processes.rank else checkpoint.images_of(checkpoint.newest_of(run, option))
+    return checkpoint.folder_of(run, int(processes.add_up(torch.tensor(found, device=device))))  # rank 0 decides
+
+
+def open_images(place: str | None, data: Mapping[str, Any], side: int) -> ShardSet:
+    """The images at `place`, or by default those that a run was trained on, for a model of this resolution.
+
+    Args:
+        place: What the user gave; None for the run's own.
+        data: The `data` options of the run.
+        side: Of the model's images, in pixels.
+
+    Raises:
+        UserError: they cannot be read, or are of another size; or the run, which may be anybody's, names a command.
+    """
+    shards = ShardSet.open(place or data["shards"], commands=place is not None)
+    height, width = shards.image_shape[:2]
+    if (height, width) != (side, side):
+        raise UserError(f"--shards {shards.location}: images of {width}x{height}, the model's are {side} a side")
+    return shards
 
 
 def batches(

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from vae_scale import __version__
 from vae_scale.config import Config, as_dict, as_yaml, check_processes, check_resolution
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.storage import Cache
-from vae_scale.data.stream import Batch, Stream
+from vae_scale.data.stream import Batch, Stream, default_window
 from vae_scale.errors import UserError
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import key
@@ -53,10 +53,10 @@ class Trainer:
 
         told = ", ".join(f"{name} {count:,}" for name, count in self.train_set.splits.items())
         self._say(f"training on {told}; {len(self.test_set):,} images of {config.data.test} held out")
+        if not shards.storage.local:
+            self._say(f"fetching shards from {shards.location}; the first step waits for the first ones")
 
-        self.processes = Processes(
-            self.rank, self.ranks, lambda sums: self.accelerator.reduce(sums, "sum"), self.accelerator.gather
-        )
+        self.processes = Processes.of(self.accelerator)
         torch.manual_seed(key(config.seed, "weights"))
         self.stage = self._choose_stage()
         self.model = self.stage.model
@@ -69,6 +69,8 @@ class Trainer:
             fused=True,
         )
         self.images_seen = 0
+        # A run keeps its order of images, should its shards have moved to where another window is the default.
+        self.window = config.data.window or default_window(self.train_set)
         wandb_id = self._resume()
         self.objective, self.stepper = self.accelerator.prepare(self.stage.objective, self.optimizer)
         self.forward = self._compiled(self.objective)
@@ -80,7 +82,7 @@ class Trainer:
             self.ranks,
             self.device,
             self.images_seen,
-            config.data.window,
+            self.window,
             config.data.prefetch,
             config.data.cache,
             config.data.streams,
@@ -108,25 +110,30 @@ class Trainer:
         with self._progress() as bar:
             self._begin_interval()
             for batch in self._batches():
-                self._step(batch)
-                before, self.images_seen = self.images_seen, self.images_seen + config.train.batch_size
-                bar.update(config.train.batch_size)
-                if self._due(config.train.log_every * config.train.batch_size, before):
-                    self._log(bar)
-                if self._due(config.evaluate.every, before):
-                    self._evaluate(bar)
-                if self._due(config.checkpoint.every, before):
-                    self._save()
+                self._advance(batch, bar)
             self.writer.wait()
         if self.tracker:
             self.tracker.close()
         self.accelerator.end_training()
 
+    def _advance(self, batch: Batch, bar: "tqdm[Any]") -> None:
+        """One step, and what is due after it."""
+        config = self.config
+        self._step(batch)
+        before, self.images_seen = self.images_seen, self.images_seen + config.train.batch_size
+        bar.update(config.train.batch_size)
+        if self._due(config.train.log_every * config.train.batch_size, before):
+            self._log(bar)
+        if self._due(config.evaluate.every, before):
+            self._evaluate(bar)
+        if self._due(config.checkpoint.every, before):
+            self._save()
+
     def _due(self, every: int, before: int) -> bool:
         """Whether a multiple of `every` images, or the end, came with the last step."""
         return self.images_seen >= self.config.train.images or before // every < self.images_seen // every
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         if self.images_seen >= self.config.train.images:
             return
         for batch in self.stream:
@@ -135,14 +142,22 @@ class Trainer:
                 return
 
     def _step(self, batch: Batch) -> None:
-        """One optimizer step on a global batch, of which this process has its share, in pieces."""
+        """One optimizer step on a global batch, of which this process has its share."""
         config = self.config
         lr = learning_rate(config.optimizer, self.images_seen, config.train.images)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        draws, arguments = self._draws(batch), self.stage.arguments(self.images_seen)
-        pieces = config.train.accumulation
-        size = len(batch.images) // pieces
+        measured = self._gradients(batch.images, self._draws(batch), self.stage.arguments(self.images_seen))
+        norm = self._update()
+        measured = self.accelerator.reduce(measured, "mean")
+        self.stage.stepped(measured)
+        self.ema.update(self.images_seen // config.train.batch_size + 1)
+        self.sums += torch.cat([measured, norm.reshape(1)])
+
+    def _gradients(self, images: Tensor, draws: dict[str, Tensor], arguments: tuple[Tensor, ...]) -> Tensor:
+        """Gradients of the loss of this process's images, taken in pieces; returns what was measured."""
+        pieces = self.config.train.accumulation
+        size = len(images) // pieces
         measured = torch.zeros(self.stage.measured, device=self.device)
         for piece in range(pieces):
             part = slice(piece * size, (piece + 1) * size)
@@ -150,17 +165,18 @@ class Trainer:
             last = piece == pieces - 1
             # Gradients of all processes are averaged with the last piece only.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
-                loss, values = self.forward(batch.images[part], drawn, *arguments)
+                loss, values = self.forward(images[part], drawn, *arguments)
                 self.accelerator.backward(loss / pieces)
             measured += values / pieces
-        limit = config.optimizer.clip or float("inf")
+        return measured
+
+    def _update(self) -> Tensor:
+        """Moves the weights along the gradients, once these are clipped; returns their norm: a scalar."""
+        limit = self.config.optimizer.clip or float("inf")
         norm, *_ = [self.accelerator.clip_grad_norm_(group["params"], limit) for group in self.stepper.param_groups]
         self.stepper.step()
         self.stepper.zero_grad(set_to_none=True)
-        measured = self.accelerator.reduce(measured, "mean")
-        self.stage.stepped(measured)
-        self.ema.update(self.images_seen // config.train.batch_size + 1)
-        self.sums += torch.cat([measured, norm.reshape(1)])
+        return norm
 
     def _draws(self, batch: Batch) -> dict[str, Tensor]:
         """This process's share of the global batch's random numbers, so that any number of processes draws the same."""
@@ -248,6 +264,7 @@ class Trainer:
             "wandb_id": self.tracker.wandb_id,
             "scaler": scaler.state_dict() if scaler else None,
             "shards": self.train_set.fingerprint,
+            "window": self.window,
             "config": as_dict(self.config),
             "versions": {"vae_scale": __version__, "torch": torch.__version__},
         }
@@ -269,7 +286,7 @@ class Trainer:
         folder = checkpoint.folder_of(self.config.folder, images_seen)
         state, tensors = checkpoint.load(folder, "model", "ema", "optimizer")
         was, now = _fixed(state["config"]), _fixed(as_dict(self.config))
-        if different := sorted(name for name, value in now.items() if was.get(name) != value):
+        if different := sorted(name for name, value in now.items() if was.get(name, value) != value):
             raise UserError(f"{folder}: was trained with another {', '.join(different)}; choose another --run")
         if state["shards"] != self.train_set.fingerprint:
             raise UserError(f"{folder}: was trained on other shards than {self.train_set.location}; choose another --run")
@@ -282,7 +299,7 @@ class Trainer:
                 self.optimizer.state[parameter][part] = torch.empty_like(like).copy_(saved)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.images_seen = images_seen
+        self.images_seen, self.window = images_seen, state.get("window", self.window)
         self._say(f"resuming {self.config.folder} at {self.images_seen:,} images")
         return state["wandb_id"]
 
@@ -313,7 +330,7 @@ class Trainer:
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     """The options that a run cannot change on its way: its network, and what decides the order of images."""
     network = {f"model.{name}": value for name, value in config["model"].items()}
-    order = {f"data.{name}": config["data"][name] for name in ("train", "window")}
+    order = {f"data.{name}": config["data"][name] for name in ("train", "window", "streams")}
     flow = {
         f"prior.{name}": config["prior"][name] for name in ("width", "depth", "patch") if config["prior"]["vae"] is not None
     }
