@@ -149,6 +149,29 @@ def test_a_batch_stays_untouched_until_the_next_is_asked_for(train_set: ShardSet
         assert np.array_equal(batch.images.numpy(), pixels[batch.rows])
 
 
+FEW_FILES = """
+import resource, sys
+from vae_scale.data.shards import ShardSet
+from vae_scale.data.stream import Stream
+from vae_scale.errors import UserError
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+try:
+    next(iter(Stream(ShardSet.open(sys.argv[1]), 16, seed=1, window=int(sys.argv[2]))))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_more_shards_than_files_may_be_open_are_told_and_a_window_helps(binaries: Path, tmp_path: Path) -> None:
+    pack(["--source=stl10", f"--data={binaries}", f"--out={tmp_path}", "--splits=unlabeled", "--images-per-shard=1"])
+    told = [
+        subprocess.run([sys.executable, "-c", FEW_FILES, str(tmp_path), window], capture_output=True, text=True, check=True)
+        for window in ("90", "4")
+    ]
+    assert "may not have files of 90 shards open; lower data.window, or raise ulimit -n" in told[0].stdout
+    assert not told[1].stdout
+
+
 def test_what_was_found_stays_in_memory_though_all_is_let_go_of(shards: Path, pixels: Images) -> None:
     arrived = threading.Event()
 

@@ -5,9 +5,12 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vae_scale.config import Config, parse
 from vae_scale.errors import UserError, command
+
+if TYPE_CHECKING:
+    from vae_scale.config import Config
 
 WINDOWS = (1, 4, 16)
 
@@ -34,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config | None]:
+def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, "Config | None"]:
     """The command line, and the configuration of the training that it names.
 
     Raises:
@@ -46,6 +49,8 @@ def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config 
         if others:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
         return args, None
+    from vae_scale.config import parse
+
     config, dry_run = parse(others)
     if dry_run:
         raise UserError("--dry-run goes with python -m vae_scale.train")
@@ -98,7 +103,7 @@ def _data(args: argparse.Namespace, scratch: Path | None) -> None:
         )
 
 
-def _training(args: argparse.Namespace, config: Config) -> None:
+def _training(args: argparse.Namespace, config: "Config") -> None:
     from vae_scale.benchmark.measuring import COPY, MATRIX, machine, markdown, write_json
     from vae_scale.benchmark.training import measure
 

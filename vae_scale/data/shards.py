@@ -130,7 +130,7 @@ class ShardSet:
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
-            text = f"more shards than this process may have files open ({number + 1:,}); lower data.window, or raise ulimit -n"
+            text = f"this process may not have files of {len(self.shards):,} shards open; lower data.window, or raise ulimit -n"
             raise UserError(f"{self.location}: {text}") from None
 
     def place(self, shard: Shard) -> str:
