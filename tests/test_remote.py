@@ -403,11 +403,9 @@ def test_a_pipe_without_a_place_for_the_name_is_refused(cache: Cache) -> None:
 
 def test_a_missing_library_is_named(tmp_path: Path) -> None:
     hide = "import sys; sys.modules[sys.argv[1].split(':')[0] + 'fs'] = None; sys.modules['gcsfs'] = None\n"
-    for location, library in (("s3://bucket/x", "s3fs"), ("gs://bucket/x", "gcsfs")):
-        told = program(hide + READ_ALL, location, tmp_path).communicate(timeout=60)[1]
-        assert told.splitlines()[-1].endswith(
-            f"data.shards {location[:2]}://...: needs {library}: pip install 'vae_scale[remote]'"
-        )
+    for place, library, extra in (("s3://bucket/x", "s3fs", "remote"), ("gs://bucket/x", "gcsfs", "gs")):
+        told = program(hide + READ_ALL, place, tmp_path).communicate(timeout=60)[1]
+        assert told.splitlines()[-1].endswith(f"{place[:2]}://...: needs {library}: pip install 'vae_scale[{extra}]'")
 
 
 TRAIN = "from vae_scale.train import main; import sys; main(sys.argv[1:])"

@@ -238,7 +238,8 @@ def _filesystem(scheme: str) -> Any:
         return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except ImportError:
         library = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme, "aiohttp")
-        raise UserError(f"data.shards {scheme}://...: needs {library}: pip install 'vae_scale[remote]'") from None
+        extra = "gs" if scheme == "gs" else "remote"
+        raise UserError(f"data.shards {scheme}://...: needs {library}: pip install 'vae_scale[{extra}]'") from None
 
 
 class Pipe(Fetched):
