@@ -5,17 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-DDP = Path(__file__).parent.parent / "launch" / "ddp.yaml"
+DDP, FSDP2 = (Path(__file__).parent.parent / "launch" / name for name in ("ddp.yaml", "fsdp2.yaml"))
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-def command(processes: int, *options: object, program: str | None = None) -> list[str]:
+def command(processes: int, *options: object, program: str | None = None, config: Path = DDP) -> list[str]:
     """The command line: `accelerate launch` for several processes, plain Python for one."""
     target = [program] if program else ["-m", "vae_scale.train"]
     words = [str(option) for option in options]
     if processes == 1:
         return [sys.executable, *target, *words]
-    return [*ACCELERATE, f"--config_file={DDP}", f"--num_processes={processes}", *target, *words]
+    return [*ACCELERATE, f"--config_file={config}", f"--num_processes={processes}", *target, *words]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -23,11 +23,10 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | extra
 
 
-def train(processes: int, *options: object, program: str | None = None, **extra: str) -> str:
+def train(processes: int, *options: object, program: str | None = None, config: Path = DDP, **extra: str) -> str:
     """Trains to the end and returns what was printed."""
-    run = subprocess.run(
-        command(processes, *options, program=program), env=environment(**extra), capture_output=True, text=True, timeout=280
-    )
+    words = command(processes, *options, program=program, config=config)
+    run = subprocess.run(words, env=environment(**extra), capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout + run.stderr
 

@@ -123,7 +123,7 @@ def test_the_bare_step_is_measured_alone(shards: Path, tmp_path: Path, capsys: p
 def test_a_run_that_is_measured_moves_the_weights_in_the_whole_trainer_only(shards: Path, tmp_path: Path) -> None:
     config = read(["train", f"--data.shards={shards}", *TINY, f"--run={tmp_path}", "--track.tracker=none"])[1]
     assert config is not None
-    with training._Subject(training.Trainer(config)) as subject:
+    with training.Subject(training.Trainer(config)) as subject:
         weights = [parameter.clone() for parameter in subject.trainer.model.parameters()]
         subject.step()
         assert all(map(torch.equal, weights, subject.trainer.model.parameters()))

@@ -1,12 +1,17 @@
 """Checkpoints: complete or absent, and never trusted."""
 
 import json
+import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from vae_scale.training.checkpoint import Writer, checkpoints, load, newest
+from vae_scale.errors import UserError
+from vae_scale.training import checkpoint
+from vae_scale.training.checkpoint import Writer, checkpoints, damage, images_of, load, newest
 
 CONTENT = {"model": {"w": torch.arange(6.0)}, "ema": {"w": torch.ones(3)}}
 
@@ -82,9 +87,57 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     assert newest(tmp_path / "nothing") is None
 
 
-def test_an_error_while_writing_reaches_the_trainer(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_written_is_told_tried_again_and_an_error_only_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.2)
+    save(tmp_path, 12)
+    (tmp_path / "checkpoints").rename(tmp_path / "aside")
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     writer = Writer(tmp_path, 3)
-    writer.save(1, CONTENT, {}, {})
-    with pytest.raises(OSError, match="checkpoints"):
+    writer.save(24, CONTENT, {}, {})
+    wait_for(lambda: "training goes on, and it is tried again" in capsys.readouterr().err)
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "aside").rename(tmp_path / "checkpoints")
+    wait_for(lambda: len(checkpoints(tmp_path)) == 2)
+    writer.wait()
+    (tmp_path / "checkpoints").rename(tmp_path / "aside")
+    (tmp_path / "checkpoints").write_text("again")
+    writer.save(36, CONTENT, {}, {})
+    writer.save(48, CONTENT, {}, {})  # does not fail for the one before
+    with pytest.raises(UserError, match="images_000000048: cannot be written"):
         writer.wait()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_full_disk_leaves_the_last_one_whole_and_no_piece_of_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, 12)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = Writer(tmp_path, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))  # as a disk with so much space
+    try:
+        writer.save(24, {"model": {"w": torch.ones(2**20)}}, {}, {})
+        wait_for(lambda: "cannot be written" in capsys.readouterr().err)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["images_000000012"]
+    assert damage(checkpoints(tmp_path)[0]) is None
+    writer.wait()  # tries again, now that there is space
+    assert [images_of(path) for path in checkpoints(tmp_path)] == [24]
+    assert damage(checkpoints(tmp_path)[0]) is None
+
+
+def test_the_first_after_each_multiple_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, 2, keep_every=100)
+    for count in range(24, 400, 24):
+        writer.save(count, CONTENT, {}, {})
+    writer.wait()
+    assert [images_of(path) for path in checkpoints(tmp_path)] == [120, 216, 312, 360, 384]

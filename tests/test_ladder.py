@@ -170,7 +170,7 @@ def step(model: LadderVAE, optimizer: torch.optim.Optimizer, x: Tensor) -> Tenso
     (loss / model.dimensions).backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    model.likelihood.follow(model.likelihood.deviation(terms.output, x))
+    model.likelihood.follow(model.likelihood.deviation(terms.output, x), torch.tensor(True))
     return loss.detach()
 
 

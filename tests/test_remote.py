@@ -344,7 +344,7 @@ def test_a_manifest_is_not_trusted_with_the_names_of_cached_files(shards: Path, 
     index = json.loads((shards / "index.json").read_text())
     index["shardlist"][0]["sha256"] = "../../evil"
     (tmp_path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="its sha256 is no such hash"):
+    with pytest.raises(UserError, match=r"sha256.* is no such hash"):
         ShardSet.open(tmp_path)
 
 

@@ -1,5 +1,7 @@
 """Sampling from a run, through the command."""
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,16 @@ import torch
 from conftest import TINY
 from PIL import Image
 
+from launch import ACCELERATE, DDP, environment
 from vae_scale import ResNetVAE
 from vae_scale.config import parse
 from vae_scale.data.shards import ShardSet
 from vae_scale.metrics.features import load_extractor
+from vae_scale.models.vae import Sampler
 from vae_scale.sample import main
 from vae_scale.training import checkpoint, gallery, pictures
 from vae_scale.training.objective import to_model
+from vae_scale.training.sampling import draw_images
 from vae_scale.training.trainer import train
 
 
@@ -57,6 +62,74 @@ def test_the_same_seed_gives_the_same_images_whatever_the_batch_size(run: Path, 
     assert np.abs(first - second).max() <= 1  # rounding of a grey level, at most
     assert (first == second).mean() > 0.999
     assert np.abs(first - other).max() > 10
+
+
+def on_two_processes(*words: str) -> str:
+    """What `sample`, started twice by the launcher, says."""
+    launched = [*ACCELERATE, f"--config_file={DDP}", "--num_processes=2", "-m", "vae_scale.sample", *words]
+    done = subprocess.run(launched, env=environment(), capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_two_processes_draw_the_same_picture_and_the_same_files_as_one(run: Path, tmp_path: Path) -> None:
+    words = [f"--run={run}", "--num=5", "--batch-size=2"]  # the second process has two images, and one that counts for none
+    for name, sample in (("one", main), ("two", lambda words: on_two_processes(*words))):
+        sample([*words, f"--out={tmp_path / name}.png", f"--save-images={tmp_path / name}"])
+    assert np.array_equal(pixels(tmp_path / "two.png"), pixels(tmp_path / "one.png"))
+    one, two = ({path.name: pixels(path) for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one.keys() == two.keys() == {f"{number:06d}.png" for number in range(5)}
+    assert all(np.array_equal(two[name], image) for name, image in one.items())
+
+
+def test_other_pictures_are_drawn_by_one_of_the_processes(run: Path, tmp_path: Path) -> None:
+    words = [f"--run={run}", "--num=3", "--interpolate"]
+    told = on_two_processes(*words, f"--out={tmp_path / 'two.png'}")
+    assert told.count("interpolations between samples") == 1
+    main([*words, f"--out={tmp_path / 'one.png'}"])
+    assert np.array_equal(pixels(tmp_path / "two.png"), pixels(tmp_path / "one.png"))
+
+
+def test_of_many_samples_that_are_written_only_the_first_are_kept(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vae_scale.sample.PICTURED", 4)
+    main([f"--run={run}", "--num=7", "--batch-size=3", f"--out={tmp_path / 'x.png'}", f"--save-images={tmp_path / 'all'}"])
+    assert "the first 4 of 7 samples" in capsys.readouterr().out
+    assert len(list((tmp_path / "all").iterdir())) == 7
+    grid = pixels(tmp_path / "x.png")
+    assert grid.shape == (2 * 98 + 2, 2 * 98 + 2, 3)
+    assert np.array_equal(grid[100:196, 100:196], pixels(tmp_path / "all" / "000003.png"))
+
+
+def test_bf16_is_near_fp32(run: Path, tmp_path: Path) -> None:
+    for precision in ("bf16", "fp32"):
+        main([f"--run={run}", "--num=4", f"--out={tmp_path / precision}.png", f"--precision={precision}"])
+    apart = np.abs(pixels(tmp_path / "bf16.png") - pixels(tmp_path / "fp32.png"))
+    assert 0 < apart.max() < 20
+    assert apart.mean() < 2
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
+def test_compiled_samples_are_those_of_the_eager_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    config = parse(["--data.shards=none", "--run=none", "--model.preset=tiny", "--model.width=8", "--model.multipliers=[1]",
+                    "--model.blocks=1", "--model.patch=8"])[0].model  # fmt: skip
+    model = ResNetVAE(config, 96).eval()
+    for parameter in [*model.parameters(), *model.add_flow(64, 1, 4, []).parameters()]:  # zeros would hide all else
+        torch.nn.init.normal_(parameter, std=0.1)
+
+    def draw(numbers: range) -> torch.Tensor:
+        return model.draw_latents(numbers, sampler=Sampler(steps=2))
+
+    eager = draw_images(model, draw, 3, 2, 3)
+    compiled = draw_images(model, draw, 3, 2, 3, compiled=True)
+    assert eager is not None
+    assert compiled is not None
+    assert eager.std() > 5
+    assert np.abs(eager.astype(int) - compiled).max() <= 1
+    assert list(tmp_path.glob("**/*.so"))  # compiled it was
 
 
 def test_the_prior_can_be_chosen_and_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -212,7 +212,7 @@ def test_bf16_trains_and_is_close_to_fp32(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(shards: Path, tmp_path: Path) -> None:
-    launch = command(1, *options(shards, tmp_path, "--optimizer.lr=1e30", "--train.images=600", "--checkpoint.every=6000"))
+    launch = command(1, *options(shards, tmp_path, "--optimizer.lr=1e10", "--train.images=600", "--checkpoint.every=6000"))
     run = subprocess.run(launch, env=environment(), capture_output=True, text=True)
     assert run.returncode == 2
     assert "lower optimizer.lr" in run.stderr

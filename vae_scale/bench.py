@@ -1,7 +1,8 @@
-"""`python -m vae_scale.bench data|step|train`: measures how fast images get ready here, and how fast training is."""
+"""`python -m vae_scale.bench data|step|train|scaling`: how fast images get ready, how fast training is, here and elsewhere."""
 
 import argparse
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,19 @@ if TYPE_CHECKING:
     from vae_scale.config import Config
 
 WINDOWS = (1, 4, 16)
+REACHED = 0.8  # of a link's speed, by large messages
+HOP, ROUND = 3.4e-6, 10e-6  # seconds of a message within a machine and between machines (NCCL's tuning.cc, Hopper's NVLink)
+NORMALS = 1e11  # random numbers that a GPU draws in a second
+OPTIONS = "all other options are those of python -m vae_scale.train, such as --config FILE"
+SCALING = "two processes here beside two that train alone; or, with --step-ms or --tflops, what to expect of thousands of GPUs"
+PREDICTING = [
+    ("--gpus-per-node", 8, "GPUs of a machine, which take the configured batch (default: 8)"),
+    ("--link-gbps", 3600.0, "Gbit/s from a GPU to the others of its machine, each way (default: 3600, NVLink 4)"),
+    ("--node-gbps", 3200.0, "Gbit/s from a machine to the others, each way, by all adapters (default: 3200, eight of 400)"),
+    ("--storage-gbps", math.inf, "Gbit/s that all machines read together (default: no limit, each holds the set)"),
+    ("--loader-images-per-second", math.inf, "of a process, as bench data measures it (default: no limit)"),
+    ("--jitter", 0.0, "standard deviation of a step's time on one GPU, in percent (default: 0)"),
+]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,9 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--scratch", type=Path, metavar="DIR", help="where --peers keeps other formats (default: deleted after)")
     training = {"step": "images per second of the bare training step", "train": "the whole trainer beside the bare step"}
     for name, told in training.items():
-        other = "all other options are those of python -m vae_scale.train, such as --config FILE"
-        verb = verbs.add_parser(name, help=told, epilog=other, allow_abbrev=False)
+        verb = verbs.add_parser(name, help=told, epilog=OPTIONS, allow_abbrev=False)
+        verb.add_argument("--peers", action="store_true", help="also the same training by other people's means (extra: bench)")
         verb.add_argument("--profile", type=Path, metavar="DIR", help="write a profiler's trace of a few steps there")
+    scaling = verbs.add_parser("scaling", help=SCALING, description=SCALING, epilog=OPTIONS, allow_abbrev=False)
+    time = scaling.add_mutually_exclusive_group()
+    time.add_argument("--step-ms", type=float, metavar="MS", help="predict for GPUs that take so long for a step alone")
+    time.add_argument("--tflops", type=float, metavar="N", help="predict for GPUs that reach so many TFLOP/s in a step")
+    for name, default, told in PREDICTING:
+        scaling.add_argument(name, type=type(default), default=default, metavar="N", help=told)
     for verb in verbs.choices.values():
         verb.add_argument("--repeats", type=int, default=5, metavar="N", help="runs, of which the median counts (default: 5)")
         verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -51,6 +71,7 @@ def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, "Config
         return args, None
     from vae_scale.config import parse
 
+    args.words = others
     config, dry_run = parse(others)
     if dry_run:
         raise UserError("--dry-run goes with python -m vae_scale.train")
@@ -64,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for option in ("batch", "repeats"):
         if getattr(args, option, 1) < 1:
             raise UserError(f"--{option} is {getattr(args, option)}; it must be at least 1")
+    if config and args.what == "scaling":
+        (_two_processes if args.step_ms is None and args.tflops is None else _predict)(args, config)
+        return
     if config:
         _training(args, config)
         return
@@ -107,7 +131,7 @@ def _training(args: argparse.Namespace, config: "Config") -> None:
     from vae_scale.benchmark.measuring import COPY, MATRIX, machine, markdown, write_json
     from vae_scale.benchmark.training import measure
 
-    found = measure(config, args.what == "train", args.repeats, args.profile)
+    found = measure(config, args.what == "train", args.repeats, args.profile, args.peers)
     where = machine()
     units = {MATRIX: (1e12, "TFLOP/s"), COPY: (1e9, "GB/s")}
 
@@ -130,8 +154,64 @@ def _training(args: argparse.Namespace, config: "Config") -> None:
             lines.append([part.name, f"{part.ms_each:,.3f}", f"{part.ms_per_step:,.3f}", f"{part.ms_per_step / step:.2%}"])
         print()
         print(markdown(lines))
+    for family, reason in found.missing.items():
+        print(f"left out: {family}: {reason}")
     if args.json:
         write_json(args.json, {"machine": where, **dataclasses.asdict(found)})
+
+
+def _two_processes(args: argparse.Namespace, config: "Config") -> None:
+    from vae_scale.benchmark.measuring import machine, markdown, table, write_json
+    from vae_scale.benchmark.scaling import size
+    from vae_scale.benchmark.two_processes import measure
+
+    found = measure(args.words, config.train.batch, size(config).gradient_bytes, args.repeats)
+    where, job, predicted = machine(), found.job, found.predicted
+
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
+    print(f"{job.images} images per step and process; {found.steps} steps a run\n")
+    print(table(found.rows))
+    print()
+    print(markdown([["ratio", ""], *([name, f"{ratio:.3f}"] for name, ratio in found.ratios.items())]))
+    print(f"\na step alone takes {1e3 * job.step_seconds:,.1f} ms, with a deviation of {job.deviation:.1%}; ", end="")
+    print(f"{job.gradient_bytes / 2**20:,.1f} MiB of gradients at {found.link.bytes_per_second / 1e9:,.2f} GB/s, ", end="")
+    print(f"a message {1e6 * found.link.seconds:,.0f} us")
+    lost = ", ".join(f"{1e3 * seconds:,.1f} ms ({name})" for name, seconds in predicted.lost.items())
+    print(f"together it should be longer by {lost}")
+    if args.json:
+        write_json(args.json, {"machine": where, **dataclasses.asdict(found)})
+
+
+def _predict(args: argparse.Namespace, config: "Config") -> None:
+    from vae_scale.benchmark.measuring import markdown, write_json
+    from vae_scale.benchmark.scaling import Cluster, Job, Link, size, strong, table, weak
+
+    found, batch = size(config), config.train.batch
+    if batch % args.gpus_per_node:
+        raise UserError(f"--gpus-per-node is {args.gpus_per_node}; it must divide train.batch_size, {batch}")
+    images = batch // args.gpus_per_node
+    seconds = images * found.flops / (args.tflops * 1e12) if args.tflops else args.step_ms / 1e3
+    link, network = (
+        Link(REACHED * gbps * 1e9 / 8, latency) for gbps, latency in ((args.link_gbps, HOP), (args.node_gbps, ROUND))
+    )
+    storage, loader = args.storage_gbps * 1e9 / 8, args.loader_images_per_second
+    cluster = Cluster(args.gpus_per_node, link, network, loader=loader, storage=storage)
+    drawing = found.latents / NORMALS
+    job = Job(seconds, images, found.gradient_bytes, drawing, args.jitter / 100, config.data.streams)
+    growing, fixed = weak(job, cluster), strong(job, batch, cluster)
+
+    print(f"{found.parameters:,} parameters, {found.flops / 1e9:,.2f} GFLOP per image, {images} images per GPU in ", end="")
+    print(f"{1e3 * seconds:,.2f} ms; {found.gradient_bytes / 1e6:,.1f} MB of gradients\n")
+    print(markdown(table(growing)))
+    print(f"\nThe same batch of {batch} on all:\n")
+    print(markdown(table(fixed)))
+    if args.json:
+        ratios = {f"efficiency_{found.gpus}": found.efficiency for found in growing}
+        predictions = {"growing_batch": growing, "fixed_batch": fixed}
+        write_json(
+            args.json,
+            {"ratios": ratios} | {name: [dataclasses.asdict(found) for found in row] for name, row in predictions.items()},
+        )
 
 
 if __name__ == "__main__":

@@ -3,17 +3,23 @@
 Nothing here imports torch, so that `--help` and a mistyped key answer at once.
 """
 
+import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from vae_scale.errors import UserError, one_line, shown
+
+FILE_BYTES, FILE_DEPTH = 2**20, 8  # of a configuration file, at most
+LARGEST = 2**63 - 1  # number in an option
+MOST_LEVELS, MOST_BLOCKS = 16, 1000  # of a network, whose description may come from strangers
 
 Preset = Literal["tiny", "small", "base", "large", "ladder", "kl", "seed_notebook"]
 Network = Literal["resnet", "ladder", "kl", "seed_notebook"]
@@ -88,6 +94,8 @@ class DataConfig:
         colour: Change brightness, contrast and saturation at random by up to this share; 0 to 0.9.
         cache_dir: Folder for shards that are fetched; null for ~/.cache/vae_scale/shards.
         cache_gib: GiB that it may hold; null for 50.
+        on_bad_shard: Of a shard that is missing, damaged or cannot be fetched: stop, or skip it, so that other images take the
+            place of its images; each evaluation then tells how many (data/missing_images).
     """
 
     shards: str = "data/stl10"
@@ -102,6 +110,7 @@ class DataConfig:
     colour: float = 0.0
     cache_dir: str | None = None
     cache_gib: float | None = None
+    on_bad_shard: Literal["stop", "skip"] = "stop"
 
     @property
     def train_splits(self) -> list[str]:
@@ -167,7 +176,8 @@ class OptimizerConfig:
         schedule: cosine falls to a hundredth of `lr` by the last image; constant stays.
         betas: Decay of the two moments.
         weight_decay: Decoupled weight decay.
-        clip: Largest norm of the gradient of the loss per dimension; null leaves it alone.
+        clip: Largest norm of the gradient of the loss per dimension; longer ones are scaled down. null leaves all alone.
+        skip: Norm beyond which a step is left out altogether, as are those whose gradient is not finite; null for those only.
     """
 
     lr: float = 5e-4
@@ -176,6 +186,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     clip: float | None = 1.0
+    skip: float | None = 100.0
 
 
 @dataclass
@@ -184,21 +195,35 @@ class TrainConfig:
 
     Attributes:
         images: Images to train on in all, counting every repetition.
-        batch_size: Images per optimizer step, over all processes and accumulation steps together.
+        batch_size: Images per optimizer step, over all processes and accumulation steps together; auto for as many as fit into
+            memory, found when a run begins and kept for the rest of it.
         accumulation: Pieces in which each process takes its share of a batch, to save memory.
         precision: auto is bf16 where the hardware has it, else fp32.
         compile: torch.compile; auto is on for GPUs.
         ema: Decay per step of the averaged weights that evaluation and sampling use.
         log_every: Optimizer steps between two log lines.
+        timeout: Seconds for which processes wait for one that gets no further; then the run ends and names it.
     """
 
     images: int = 10_000_000
-    batch_size: int = 256
+    batch_size: int | Literal["auto"] = 256
     accumulation: int = 1
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     ema: float = 0.999
     log_every: int = 50
+    timeout: int = 600
+
+    @property
+    def batch(self) -> int:
+        """Images per optimizer step.
+
+        Raises:
+            UserError: it is auto, and was not found yet.
+        """
+        if self.batch_size == "auto":
+            raise UserError("train.batch_size is auto, which only training finds out; give a number here")
+        return self.batch_size
 
 
 @dataclass
@@ -225,10 +250,12 @@ class CheckpointConfig:
     Attributes:
         every: Images between two checkpoints (there is always one at the end).
         keep: Newest checkpoints kept.
+        keep_every: Images of which the first checkpoint after each multiple is kept, too; null for no others.
     """
 
     every: int = 500_000
     keep: int = 3
+    keep_every: int | None = None
 
 
 @dataclass
@@ -294,10 +321,14 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
     parser.add_class_arguments(Config, None)
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    files.add_argument("--config", action="append", default=[])
     try:
+        for name in files.parse_known_args(argv)[0].config:
+            _check_file(name, parser)
         parsed = parser.parse_args(argv)
         for part in dataclasses.fields(Config):
-            if dataclasses.is_dataclass(part.type) and isinstance(parsed[part.name], (int, float, str, list)):
+            if dataclasses.is_dataclass(part.type) and not isinstance(parsed[part.name], Namespace):
                 raise UserError(f"{part.name} is {parsed[part.name]!r}; it is a section, with keys below it")
         # A preset moves the defaults, so it must be known before the options stronger than it are read.
         parser.set_defaults({f"model.{key}": value for key, value in PRESETS[parsed.model.preset].items()})
@@ -313,6 +344,52 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     return config, bool(parsed.dry_run)
 
 
+def _check_file(name: str, parser: ArgumentParser) -> None:
+    """Refuses a configuration file that is not just options, before anything is made of it.
+
+    Raises:
+        UserError: naming the file.
+    """
+    try:
+        with Path(name).open("rb") as file:
+            content = file.read(FILE_BYTES + 1)
+        if len(content) > FILE_BYTES:
+            raise ValueError(f"more than {FILE_BYTES:,} bytes, which no configuration has")
+        depth = 0
+        for event in yaml.parse(content.decode(), yaml.SafeLoader):
+            # Ten aliases that each stand for ten others, and so on, are a few lines and fill the memory.
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"aliases (*{event.anchor}) are not read")
+            if "\0" in str(getattr(event, "value", "")):  # no path and no name has one
+                raise ValueError("a value holds a NUL")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > FILE_DEPTH:
+                raise ValueError(f"its values lie in each other more than {FILE_DEPTH} deep")
+        values = yaml.safe_load(content)
+        if not isinstance(values, dict):
+            raise ValueError("holds no options, as in  train: {images: 1000}")
+        sections = [part.name for part in dataclasses.fields(Config) if dataclasses.is_dataclass(part.type)]
+        for key, value in values.items():
+            if key == "config":
+                raise ValueError("config goes on the command line; a file names no others")
+            if key in sections and not isinstance(value, dict):
+                raise ValueError(f"{key} is {value!r:.80}; it is a section, with keys below it")
+            if key in sections:
+                _check_lists(value)
+        parser.parse_object(values)
+    except OSError as error:
+        raise UserError(f"--config {name}: {error.strerror}") from None
+    except (ArgumentError, yaml.YAMLError, ValueError, TypeError) as error:
+        raise UserError(f"--config {name}: {_plain(one_line(error)):.400}; see --help for the options") from None
+
+
+def _check_lists(values: dict[str, Any]) -> None:
+    """Refuses lists that are longer than any option's, which the parser takes minutes for."""
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) > MOST_LEVELS:
+            raise ValueError(f"{key} has {len(value):,} values; at most {MOST_LEVELS} are read")
+
+
 def _plain(text: str) -> str:
     """jsonargparse's message with the classes' names taken out."""
     text = re.sub(r"<class '(\w+)'>", r"\1", text.replace("typing.Literal", "one of "))
@@ -325,6 +402,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: naming the key.
     """
+    _check_nulls(config)
     model, train = config.model, config.train
     positive = {
         "model.patch": model.patch,
@@ -337,9 +415,9 @@ def check(config: Config) -> None:
         "prior.patch": config.prior.patch,
         "optimizer.lr": config.optimizer.lr,
         "train.images": train.images,
-        "train.batch_size": train.batch_size,
         "train.accumulation": train.accumulation,
         "train.log_every": train.log_every,
+        "train.timeout": train.timeout,
         "evaluate.every": config.evaluate.every,
         "evaluate.images": config.evaluate.images,
         "evaluate.samples": config.evaluate.samples,
@@ -348,7 +426,7 @@ def check(config: Config) -> None:
         "checkpoint.keep": config.checkpoint.keep,
     }
     for key, value in positive.items():
-        _require(value > 0, key, f"is {value}; it must be greater than 0")
+        _require(0 < value <= LARGEST, key, f"is {value}; it must be greater than 0, and below 2^63")
     not_negative = {
         "seed": config.seed,
         "objective.beta": config.objective.beta,
@@ -361,13 +439,22 @@ def check(config: Config) -> None:
         "optimizer.weight_decay": config.optimizer.weight_decay,
     }
     for key, value in not_negative.items():
-        _require(value >= 0, key, f"is {value}; it must not be negative")
-    _require(bool(model.multipliers) and min(model.multipliers) > 0, "model.multipliers", "must be numbers above 0")
-    _require(isinstance(model.scale, str) or model.scale > 0, "model.scale", "must be greater than 0")
+        _require(0 <= value <= LARGEST, key, f"is {value}; it must not be negative, and be below 2^63")
+    for key, value in {"model.blocks": model.blocks, "prior.depth": config.prior.depth}.items():
+        _require(value <= MOST_BLOCKS, key, f"is {value}; it must be at most {MOST_BLOCKS}")
+    levels = len(model.multipliers)
+    _require(0 < levels <= MOST_LEVELS, "model.multipliers", f"are {levels} numbers; there must be 1 to {MOST_LEVELS}")
+    _require(min(model.multipliers) > 0, "model.multipliers", "must be numbers above 0")
+    _require(isinstance(model.scale, str) or 0 < model.scale < math.inf, "model.scale", "must be greater than 0, and finite")
     _require(config.data.window is None or config.data.window > 0, "data.window", "must be greater than 0, or null")
-    parts, size = config.data.streams, train.batch_size
-    divides = parts > 0 and size % parts == 0
-    _require(divides, "data.streams", f"is {parts}; it must divide train.batch_size ({size})")
+    parts = config.data.streams
+    _require(parts > 0, "data.streams", f"is {parts}; it must be greater than 0")
+    if train.batch_size != "auto":
+        _require(0 < train.batch <= LARGEST, "train.batch_size", f"is {train.batch}; it must be greater than 0, and below 2^63")
+        divides = train.batch % parts == 0
+        _require(divides, "data.streams", f"is {parts}; it must divide train.batch_size ({train.batch})")
+    kept = config.checkpoint.keep_every
+    _require(kept is None or kept > 0, "checkpoint.keep_every", f"is {kept}; it must be greater than 0, or null")
     gib = config.data.cache_gib
     _require(gib is None or gib > 0, "data.cache_gib", f"is {gib}; it must be greater than 0, or null")
     _require(bool(config.data.train_splits), "data.train", "names no split")
@@ -384,8 +471,8 @@ def check(config: Config) -> None:
     _require(width > 0 and width % 64 == 0, "prior.width", f"is {width}; it must be a multiple of 64")
     _require(0 <= train.ema < 1, "train.ema", f"is {train.ema}; it must be at least 0 and below 1")
     _require(all(0 <= beta < 1 for beta in config.optimizer.betas), "optimizer.betas", "must be at least 0 and below 1")
-    clip = config.optimizer.clip
-    _require(clip is None or clip > 0, "optimizer.clip", f"is {clip}; it must be greater than 0, or null")
+    for key, limit in {"clip": config.optimizer.clip, "skip": config.optimizer.skip}.items():
+        _require(limit is None or limit > 0, f"optimizer.{key}", f"is {limit}; it must be greater than 0, or null")
     if config.objective.critic:
         key = "objective.adversarial" if config.objective.adversarial else "objective.perceptual"
         _require(model.likelihood in ("gaussian", "laplace"), key, "goes with model.likelihood gaussian or laplace")
@@ -394,6 +481,16 @@ def check(config: Config) -> None:
     if model.network == "seed_notebook":
         classic = model.likelihood in ("mse", "bce") and model.latent == "vector"
         _require(classic, "model.network", "seed_notebook goes with latent vector and likelihood mse or bce")
+
+
+def _check_nulls(options: Any, prefix: str = "") -> None:
+    """Refuses null where an option has no such value: the parser takes it for all that YAML leaves empty."""
+    for name, kind in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if dataclasses.is_dataclass(value):
+            _check_nulls(value, f"{name}.")
+        else:
+            _require(value is not None or type(None) in get_args(kind), f"{prefix}{name}", "is null; it must have a value")
 
 
 def check_processes(config: Config, processes: int) -> None:
@@ -405,8 +502,8 @@ def check_processes(config: Config, processes: int) -> None:
     train = config.train
     pieces = processes * train.accumulation
     parts = f"{processes} processes x train.accumulation {train.accumulation}"
-    text = f"is {train.batch_size}; it must be a multiple of {pieces} ({parts})"
-    _require(train.batch_size % pieces == 0, "train.batch_size", text)
+    text = f"is {train.batch}; it must be a multiple of {pieces} ({parts})"
+    _require(train.batch % pieces == 0, "train.batch_size", text)
 
 
 def check_resolution(config: VAEConfig, shape: tuple[int, int, int]) -> None:
@@ -460,9 +557,12 @@ def model_from_dict(values: Any, name: str) -> VAEConfig:
     parser.add_class_arguments(VAEConfig, None)
     try:
         if not isinstance(values, dict):
-            raise UserError(f"{name}: the network's configuration is not an object")
+            raise UserError("the network's configuration is not an object")
+        _check_lists(values)
         config: VAEConfig = VAEConfig(**vars(parser.instantiate(parser.parse_object(values))))
-    except (ArgumentError, TypeError) as error:
-        raise UserError(f"{name}: {_plain(one_line(error))}") from None
-    check(Config(model=config))
+        check(Config(model=config))
+    except (ArgumentError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: {_plain(one_line(error)):.300}") from None
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     return config

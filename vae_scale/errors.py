@@ -13,8 +13,9 @@ class UserError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """The text of `error` folded into a single line."""
-    return " ".join(str(error).split())
+    """The text of `error` folded into a single line; what a terminal would obey, or could not print, is spelled out."""
+    text = " ".join(str(error).split())
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
 def shown(text: str) -> str:

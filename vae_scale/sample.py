@@ -1,16 +1,20 @@
-"""`python -m vae_scale.sample --run RUN --num N --out FILE.png`: draws new images."""
+"""`python -m vae_scale.sample --run RUN --num N --out FILE.png`: draws new images, in one process or in many."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vae_scale.errors import UserError, command
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import Tensor
 
-    from vae_scale.models.vae import VAE, Sampler
+    from vae_scale.models.vae import VAE
+
+PICTURED = 1024  # samples in the picture, at most, where each is written as a file, too
+COMPILED_FROM = 4096  # samples of a process; a GPU draws fewer in the time that compiling takes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,8 +31,19 @@ def _parser() -> argparse.ArgumentParser:
         "--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="auto (default): the best the model has"
     )
     parser.add_argument("--grid", type=int, metavar="COLUMNS", help="columns of the picture (default: as many as rows)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default: 64)")
-    parser.add_argument("--save-images", type=Path, metavar="DIR", help="write each image as a file of its own, too")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time and process (default: 64)")
+    parser.add_argument(
+        "--save-images",
+        type=Path,
+        metavar="DIR",
+        help=f"write each image as a file of its own, too; the picture then has the first {PICTURED:,} samples at most",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "bf16", "fp32"],
+        default="fp32",
+        help="of the networks; fp32 (default), as in evaluation, or auto, as in training",
+    )
     flow = parser.add_argument_group("the flow")
     flow.add_argument("--steps", type=int, default=25, metavar="K", help="steps from noise to a latent (default: 25)")
     flow.add_argument("--solver", choices=["heun", "euler"], default="heun", help="default: heun; euler takes half the time")
@@ -75,39 +90,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     _check(args)
 
-    import torch
-    from PIL import Image
+    from vae_scale.config import TrainConfig
+    from vae_scale.training.launching import start
 
+    accelerator = start(TrainConfig(precision=args.precision))
+    with accelerator.autocast():
+        told = _run(args, accelerator)
+    if accelerator.is_main_process:
+        print(f"{args.out}: {told}")
+    accelerator.end_training()
+
+
+def _run(args: argparse.Namespace, accelerator: "Accelerator") -> str:
+    """Writes what is wanted, this process's share of it; what that is."""
     from vae_scale.models.vae import VAE, Sampler
-    from vae_scale.training import checkpoint, pictures
+    from vae_scale.training import pictures
+    from vae_scale.training.evaluation import Processes, newest_for_all
+    from vae_scale.training.sampling import draw_images, save_images
 
-    folder = checkpoint.newest_of(args.run, "--run")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = VAE.from_pretrained(folder, "ema.safetensors").to(device)
+    processes = Processes.of(accelerator)
+    folder = newest_for_all(args.run, "--run", processes, accelerator.device)
+    model = VAE.from_pretrained(folder, "ema.safetensors").to(accelerator.device)
     sampler = Sampler(args.steps, args.solver, _label(model, args.label), args.guidance)
-    images, columns, told = _draw(model, folder, sampler, args)
+    prior = f"the prior {model.name_prior(args.prior, sampler)}"
+
+    def draw(num: int | range) -> "Tensor":
+        return model.draw_latents(num, args.seed, args.temperature, args.prior, sampler, args.batch_size)
+
+    if args.interpolate is None and not (args.traverse or args.reconstruct or args.neighbours):
+        kept = min(args.num, PICTURED) if args.save_images else args.num
+        compiled = accelerator.device.type == "cuda" and args.num >= COMPILED_FROM * processes.ranks
+        samples = draw_images(model, draw, args.num, args.batch_size, kept, args.save_images, processes, compiled)
+        if samples is not None:
+            pictures.save_grid(samples, args.out, args.grid)
+            if args.gif:
+                pictures.animate_files(sorted((args.run / "samples").glob("samples_*.png")), args.gif)
+        some = "" if kept == args.num else f"the first {kept:,} of {args.num:,} "
+        return f"{some}samples at temperature {args.temperature:g} from {prior}, from {folder}"
+    if processes.rank:  # the other pictures are small; the first process draws them
+        return ""
+    images, columns, told = _draw(model, folder, draw, prior, args)
     pictures.save_grid(images, args.out, args.grid or columns)
     if args.save_images:
-        args.save_images.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(pictures.to_uint8(images)):
-            Image.fromarray(image).save(args.save_images / f"{number:06d}.png")
+        save_images(pictures.to_uint8(images), args.save_images)
     if args.gif:
-        if args.interpolate is None and not args.traverse:
-            pictures.animate_files(sorted((args.run / "samples").glob("samples_*.png")), args.gif)
-        else:
-            pictures.animate_ways(images.unflatten(0, (-1, args.num)), args.gif)
-    print(f"{args.out}: {told}, from {folder}")
+        pictures.animate_ways(images.unflatten(0, (-1, args.num)), args.gif)
+    return f"{told}, from {folder}"
 
 
-def _draw(model: "VAE", folder: Path, sampler: "Sampler", args: argparse.Namespace) -> tuple["Tensor", int | None, str]:
-    """The images wanted, in how many columns, and what they are."""
+def _draw(
+    model: "VAE", folder: Path, draw: "Callable[[int], Tensor]", prior: str, args: argparse.Namespace
+) -> "tuple[Tensor, int, str]":
+    """The images of another picture than plain samples, in how many columns, and what they are."""
     from vae_scale.training import checkpoint, gallery
     from vae_scale.training.evaluation import open_images
 
-    def draw(num: int) -> "Tensor":
-        return model.draw_latents(num, args.seed, args.temperature, args.prior, sampler, args.batch_size)
-
-    prior = f"the prior {model.name_prior(args.prior, sampler)}"
     if args.reconstruct or args.neighbours:
         data = checkpoint.load(folder)[0]["config"]["data"]
         shards = open_images(args.shards, data, model.resolution)
@@ -123,13 +160,10 @@ def _draw(model: "VAE", folder: Path, sampler: "Sampler", args: argparse.Namespa
         return gallery.neighbours(samples, seen, extractor, args.batch_size), gallery.NEIGHBOURS + 1, told
     if args.traverse:
         return gallery.traversals(model, draw, args.num, args.batch_size), args.num, f"main directions of {prior}"
-    if args.interpolate is not None:
-        photographs = [Path(name) for name in args.interpolate]
-        ends = gallery.encode_photographs(model, photographs) if photographs else draw(2 * gallery.ROWS)
-        told = f"the way from {photographs[0]} to {photographs[1]}" if photographs else "interpolations between samples"
-        return gallery.interpolations(model, ends, args.num, args.batch_size), args.num, told
-    told = f"samples at temperature {args.temperature:g} from {prior}"
-    return model.decode_all(draw(args.num), args.batch_size), None, told
+    photographs = [Path(name) for name in args.interpolate]
+    ends = gallery.encode_photographs(model, photographs) if photographs else draw(2 * gallery.ROWS)
+    told = f"the way from {photographs[0]} to {photographs[1]}" if photographs else "interpolations between samples"
+    return gallery.interpolations(model, ends, args.num, args.batch_size), args.num, told
 
 
 def _label(model: "VAE", wanted: str | None) -> int | None:

@@ -33,7 +33,9 @@ def _describe(config: Config) -> None:
     from vae_scale.training.launching import resolve_precision
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    check_processes(config, processes)
+    auto = config.train.batch_size == "auto"
+    if not auto:
+        check_processes(config, processes)
     shards = ShardSet.open(config.data.shards, Cache.configured(config.data.cache_dir, config.data.cache_gib))
     images = len(shards.select(*config.data.train_splits))
     held_out = len(shards.select(config.data.test))
@@ -47,13 +49,16 @@ def _describe(config: Config) -> None:
         config.model = model.config
         trained = model.add_flow(config.prior.width, config.prior.depth, config.prior.patch, shards.class_names)
     parameters = sum(parameter.numel() for parameter in trained.parameters())
-    batch = config.train.batch_size
     print(as_yaml(config))
     print(f"model        {type(trained).__name__}, {parameters:,} parameters, latent {'x'.join(map(str, model.latent_shape))}")
     # weights, gradients, two moments and the average, all in fp32
     print(f"memory       {5 * 4 * parameters / 2**20:,.0f} MiB per process for weights and optimizer, besides activations")
     print(f"images       {images:,} to train on, {held_out:,} held out")
-    print(f"steps        {images / batch:,.1f} per epoch, {-(-config.train.images // batch):,} in all, {batch} images each")
+    if auto:
+        print("steps        as many images each as fit into memory, which is found out when training begins")
+    else:
+        batch = config.train.batch
+        print(f"steps        {images / batch:,.1f} per epoch, {-(-config.train.images // batch):,} in all, {batch} images each")
     print(f"processes    {processes}, precision {resolve_precision(config.train.precision)}")
     print(f"run          {config.folder.resolve()}: config.yaml, checkpoints/, samples/, metrics.jsonl")
 

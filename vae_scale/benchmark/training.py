@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vae_scale.benchmark.measuring import MATRIX, Row, alternate, ceilings, fastest, synchronise
+from vae_scale.benchmark.training_peers import compare, peers
 from vae_scale.config import Config
 from vae_scale.errors import UserError
 from vae_scale.training.launching import resolve_precision
@@ -57,7 +58,8 @@ class Report:
     Attributes:
         rows: Ceilings, in FLOP and in bytes read and written per second; the step and the trainer, in images per second.
         ratios: `mfu`, the bare step's share of the matrix ceiling; `train_over_step`, the whole trainer over the bare step;
-            `data_wait`, the share of the trainer's time spent waiting for data.
+            `data_wait`, the share of the trainer's time spent waiting for data; `over_...`, the trainer, or the step where
+            it is measured alone, over each family of others and over the fastest of them.
         parts: Of the whole trainer's steps.
         flops_per_image: Forward and backward, counted.
         parameters: Of the model.
@@ -65,6 +67,7 @@ class Report:
         precision: bf16, fp16, tf32 or fp32.
         steps: Of a run.
         peak_memory_bytes: Of the device; of this process where that is a CPU.
+        missing: Others that cannot be had here or do not count, and why.
     """
 
     rows: list[Row]
@@ -76,9 +79,10 @@ class Report:
     precision: str
     steps: int
     peak_memory_bytes: int
+    missing: dict[str, str]
 
 
-def measure(config: Config, whole: bool, repeats: int, traces: Path | None) -> Report:
+def measure(config: Config, whole: bool, repeats: int, traces: Path | None, others: bool = False) -> Report:
     """Measures the training that a configuration describes, in a run folder that is deleted afterwards.
 
     Runs are short, so what a checkpoint costs is found from runs with one, and counted as often as configured. A run logs
@@ -89,24 +93,32 @@ def measure(config: Config, whole: bool, repeats: int, traces: Path | None) -> R
         whole: Measure the whole trainer, not the bare step alone.
         repeats: Runs of each, of which the median counts.
         traces: Folder for a profiler's trace of a few steps; None for none.
+        others: Also the same training by other people's means.
 
     Raises:
-        UserError: there are no such shards, they cannot be trained on, or there are several processes.
+        UserError: there are no such shards, they cannot be trained on, there are several processes, or others cannot do it.
     """
+    with opened(config) as subject:
+        if subject.trainer.ranks > 1:
+            raise UserError(f"bench {'train' if whole else 'step'} measures one process; start it without accelerate launch")
+        return _measure(subject, config, whole, repeats, traces, others)
+
+
+@contextlib.contextmanager
+def opened(config: Config) -> Iterator["Subject"]:
+    """A trainer to measure, without evaluation and wandb, in a run folder that is deleted afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         train = dataclasses.replace(config.train, images=ENDLESS)
         evaluate = dataclasses.replace(config.evaluate, every=ENDLESS)
         kept = dataclasses.replace(config.checkpoint)  # a copy, since `train` moves the interval
         track = dataclasses.replace(config.track, tracker="none")
         trainer = Trainer(dataclasses.replace(config, run=folder, train=train, evaluate=evaluate, checkpoint=kept, track=track))
-        if trainer.ranks > 1:
-            raise UserError(f"bench {'train' if whole else 'step'} measures one process; start it without accelerate launch")
-        with _Subject(trainer) as subject:
-            return _measure(subject, config, whole, repeats, traces)
+        with Subject(trainer) as subject:
+            yield subject
 
 
-def _measure(subject: "_Subject", config: Config, whole: bool, repeats: int, traces: Path | None) -> Report:
-    trainer, batch = subject.trainer, config.train.batch_size
+def _measure(subject: "Subject", config: Config, whole: bool, repeats: int, traces: Path | None, others: bool) -> Report:
+    trainer, batch = subject.trainer, config.train.batch
     subject.choose_steps(SECONDS)
     tasks: dict[str, Callable[[], float]] = {STEP: subject.step}
     if whole:
@@ -115,9 +127,12 @@ def _measure(subject: "_Subject", config: Config, whole: bool, repeats: int, tra
         subject.train(saving=True)
     memory = _peak_memory(trainer.device)  # before the ceilings, which need memory of their own
     dtype = DTYPES.get(trainer.accelerator.mixed_precision, torch.float32)
-    rows = alternate(ceilings(trainer.device, dtype) | tasks, repeats, "measuring")
+    with tempfile.TemporaryDirectory() as scratch:
+        found, missing = peers(trainer, SECONDS, Path(scratch)) if others else ([], {})
+        tasks = ceilings(trainer.device, dtype) | tasks | {peer.name: peer.run for peer in found}
+        rows = alternate(tasks, repeats, "measuring")
     flops = count_flops(subject.one_image)
-    trainer.stepper.zero_grad(set_to_none=True)
+    trainer.update.adamw.zero_grad(set_to_none=True)
     ratios = {"mfu": rows[STEP].median * flops / rows[MATRIX].median}
     parts: list[Part] = []
     if whole:
@@ -125,16 +140,18 @@ def _measure(subject: "_Subject", config: Config, whole: bool, repeats: int, tra
         per_image += max(0.0, saving - per_image) * subject.steps * batch / config.checkpoint.every
         ratios |= {"train_over_step": 1 / per_image / rows[STEP].median, "data_wait": subject.waited / subject.trained}
         parts = _breakdown(subject, config)
+    over, idle = compare(rows[TRAIN if whole else STEP].median, found, rows)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     precision = resolve_precision(config.train.precision)
-    report = Report(list(rows.values()), ratios, parts, flops, parameters, batch, precision, subject.steps, memory)
+    shown = [row for name, row in rows.items() if name not in idle]
+    report = Report(shown, ratios | over, parts, flops, parameters, batch, precision, subject.steps, memory, missing | idle)
     if traces:
         subject.steps = PROFILED_STEPS
         _trace(subject.train if whole else subject.step, traces / ("train.json" if whole else "step.json"))
     return report
 
 
-class _Subject:
+class Subject:
     """A trainer, and its data. Its runs take `steps` steps.
 
     Attributes:
@@ -148,7 +165,7 @@ class _Subject:
         self.waited = self.trained = 0.0
         self._end = contextlib.ExitStack()
 
-    def __enter__(self) -> "_Subject":
+    def __enter__(self) -> "Subject":
         trainer = self.trainer
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -170,32 +187,32 @@ class _Subject:
         self.step()
         self.steps = FEWEST_STEPS
         images = max(self.step() for _ in range(3)) * seconds
-        self.steps = max(FEWEST_STEPS, math.ceil(images / self.trainer.config.train.batch_size))
+        self.steps = max(FEWEST_STEPS, math.ceil(images / self.trainer.config.train.batch))
 
     def step(self) -> float:
         """Images per second of forward, backward and optimizer on one batch, which leave the weights as they are."""
         trainer = self.trainer
-        for group in trainer.optimizer.param_groups:
+        for group in trainer.update.adamw.param_groups:
             group["lr"] = 0.0
         with self._timed() as seconds:
             for _ in range(self.steps):
                 trainer._gradients(self.images, self.draws, self.arguments)
-                trainer.stepper.step()
-                trainer.stepper.zero_grad(set_to_none=True)
-        return self.steps * trainer.config.train.batch_size / seconds()
+                trainer.update.adamw.step()
+                trainer.update.adamw.zero_grad(set_to_none=True)
+        return self.steps * trainer.config.train.batch / seconds()
 
     def train(self, saving: bool = False) -> float:
         """Images per second of the whole trainer; where it is `saving`, with a checkpoint halfway, until that is written."""
-        trainer, size = self.trainer, self.trainer.config.train.batch_size
+        trainer, size = self.trainer, self.trainer.config.train.batch
         trainer.config.checkpoint.every = trainer.images_seen + math.ceil(self.steps / 2) * size if saving else ENDLESS
         trainer._begin_interval()
         with self._timed() as seconds:
-            self.waited += sum(self._advance() for _ in range(self.steps))
+            self.waited += sum(self.advance() for _ in range(self.steps))
             trainer.writer.wait()
         self.trained += seconds()
         return self.steps * size / seconds()
 
-    def _advance(self) -> float:
+    def advance(self) -> float:
         """One step of the whole trainer; the seconds for which it waited for data."""
         begin = time.perf_counter()
         batch = next(self._batches)
@@ -226,14 +243,14 @@ def count_flops(loss: Callable[[], Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def _breakdown(subject: _Subject, config: Config) -> list[Part]:
+def _breakdown(subject: Subject, config: Config) -> list[Part]:
     """One run with the device waited for around each part, which is slower and so not among those that count."""
     trainer = subject.trainer
     places: dict[str, tuple[Any, str]] = {
         "draws": (trainer, "_draws"),
         "forward": (trainer, "forward"),
         "backward": (trainer.accelerator, "backward"),
-        "clip and optimizer": (trainer, "_update"),
+        "clip and optimizer": (trainer.update, "step"),
         "EMA": (trainer.ema, "update"),
         "logging": (trainer, "_log"),
         "checkpoint stall": (trainer, "_save"),
@@ -246,7 +263,7 @@ def _breakdown(subject: _Subject, config: Config) -> list[Part]:
         subject.train()
         inside = sum(map(sum, spent.values()))
         trainer._save()
-    intervals = {"logging": config.train.log_every, "checkpoint stall": config.checkpoint.every / config.train.batch_size}
+    intervals = {"logging": config.train.log_every, "checkpoint stall": config.checkpoint.every / config.train.batch}
     found = {name: (sum(times) / len(times), sum(times) / subject.steps) for name, times in spent.items()}
     found |= {name: (found[name][0], found[name][0] / interval) for name, interval in intervals.items()}
     wait = subject.waited / subject.steps

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vae_scale.data.images import Images, decode, square
 from vae_scale.data.parts import side_manifests
-from vae_scale.data.shard_file import SUFFIXES, Layout, Shard, members
+from vae_scale.data.shard_file import SUFFIXES, Layout, Shard, kind_of, members
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError, one_line
 
@@ -78,7 +78,7 @@ def _problems(shards: ShardSet, shard: Shard, first: int) -> Iterator[str]:
                     yield f"{place}: its {name} is {found.hexdigest()}, the manifest says {wanted}"
             file.seek(0)
             for problem in _wrong_samples(file, shards, shard, first):
-                yield f"{place}: {problem}"
+                yield one_line(ValueError(f"{place}: {problem}"))
     except UserError as error:
         yield one_line(error)
     except ValueError as error:
@@ -98,7 +98,7 @@ def _wrong_samples(file: BufferedReader, shards: ShardSet, shard: Shard, first: 
         if member != expected:
             yield f"{member} is where {expected} should be"
             names = iter(())  # one that is missing shifts all that follow
-        kind = member.rpartition("/")[2].partition(".")[2].lower()
+        kind = kind_of(member)
         key = member[: len(member) - len(kind)]
         if kind == "cls":
             labels[key] = content.decode(errors="replace")
@@ -150,8 +150,8 @@ def _beside(shards: ShardSet) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         if path.name in wanted:
             try:
-                same = json.loads(path.read_text()) == wanted[path.name]
-            except ValueError:
+                same = json.loads(path.read_text("utf-8")) == wanted[path.name]
+            except (OSError, ValueError, RecursionError):
                 same = False
             if not same:
                 yield f"{path}: does not say what index.json says; pack again"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vae_scale.data.images import Images, square
+from vae_scale.data.images import PHOTOGRAPHS, Images, square
 from vae_scale.data.packing import Source, Split
 from vae_scale.errors import UserError
 
@@ -92,6 +92,6 @@ class _Tree:
 
     def _square(self, path: Path) -> Images:
         try:
-            return square(path, self.resolution)
+            return square(path, self.resolution, PHOTOGRAPHS)
         except ValueError as error:
             raise UserError(f"{path}: cannot be read as an image ({error}); mend it or take it out") from None

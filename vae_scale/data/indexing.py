@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
-from PIL import Image
 from tqdm import tqdm
 
-from vae_scale.data.images import FORMATS, decode, square
+from vae_scale.data.images import FORMATS, decode, opened, square
 from vae_scale.data.parts import write_json
-from vae_scale.data.shard_file import FORMAT_VERSION, SUFFIXES, members
+from vae_scale.data.shard_file import FORMAT_VERSION, MOST_SIDE, SUFFIXES, kind_of, members
+from vae_scale.data.shards import MOST_LABEL
 from vae_scale.data.storage import SCHEMES, Cache
-from vae_scale.errors import UserError, shown
+from vae_scale.errors import UserError, one_line, shown
 
 HELD_OUT = 10  # of so many shards, one is the test split where none is named
 END = bytes(2 * 512)  # of a whole tar
@@ -100,7 +100,10 @@ def _urls(sources: list[str]) -> list[tuple[str, str]]:
         split, equals, pattern = source.partition("=")
         if not equals or not split.isidentifier():
             split, pattern = "", source
-        named.setdefault(split, []).extend(braceexpand(pattern))
+        try:
+            named.setdefault(split, []).extend(braceexpand(pattern))
+        except ValueError:  # whose text has the pattern in it, and with it what may be secret
+            raise UserError(f"--index {shown(pattern)}: its braces do not match") from None
     if "" in named:
         if len(named) > 1:
             raise UserError("--index: name the split of all sources (train=URLS test=URLS), or of none")
@@ -162,6 +165,8 @@ def _scan(path: Path, url: str, name: str, split: str, resolution: int | None) -
     images: list[str] = []
     kinds, shapes = Counter[str](), Counter[tuple[int, int, int]]()
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
         _check_end(path)
         file = path.open("rb")
     except (OSError, ValueError) as error:
@@ -169,19 +174,19 @@ def _scan(path: Path, url: str, name: str, split: str, resolution: int | None) -
     with file:
         try:
             for member, content in members(file):
-                kind = member.rpartition("/")[2].partition(".")[2]
-                key = member.removesuffix(kind)
+                kind = kind_of(member)
+                key = member[: len(member) - len(kind)]
                 try:
-                    if kind.lower() == "cls":
-                        labels[key] = int(content)
-                    elif f".{kind.lower()}" in SUFFIXES:
+                    if kind == "cls":
+                        labels[key] = _label(content)
+                    elif f".{kind}" in SUFFIXES:
                         images.append(key)
-                        kinds["jpg" if kind.lower() == "jpeg" else kind.lower()] += 1
+                        kinds["jpg" if kind == "jpeg" else kind] += 1
                         shapes[_shape(content, resolution)] += 1
                 except ValueError as error:
                     raise ValueError(f"{member} cannot be read ({error}); mend it or take it out") from None
         except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
+            raise UserError(f"{name}: {one_line(error)}") from None
         if not images:
             raise UserError(f"{name}: holds no image ({', '.join(SUFFIXES)})")
         if len(set(images)) < len(images):
@@ -199,6 +204,13 @@ def _scan(path: Path, url: str, name: str, split: str, resolution: int | None) -
     return _Found(entry, kinds, shapes)
 
 
+def _label(content: bytes) -> int:
+    label = int(content)
+    if not -1 <= label <= MOST_LABEL:
+        raise ValueError(f"a label is a number from -1 to {MOST_LABEL:,}")
+    return label
+
+
 def _shape(content: bytes, resolution: int | None) -> tuple[int, int, int]:
     """Shape of an image as it will be read. It is decoded, so that training does not stumble over it.
 
@@ -207,11 +219,11 @@ def _shape(content: bytes, resolution: int | None) -> tuple[int, int, int]:
     """
     if resolution is not None:
         return square(io.BytesIO(content), resolution).shape
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            pixels = np.empty((image.height, image.width, 3), np.uint8)
-    except OSError as error:
-        raise ValueError(str(error)) from None
+    with opened(io.BytesIO(content), FORMATS) as image:
+        height, width = image.height, image.width
+    if max(height, width) > MOST_SIDE:
+        raise ValueError(f"it is {width}x{height}, more than {MOST_SIDE} a side; give --resolution R to have it resized")
+    pixels = np.empty((height, width, 3), np.uint8)
     decode(content, pixels)
     return pixels.shape
 

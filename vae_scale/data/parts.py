@@ -17,6 +17,7 @@ from vae_scale.data.shard_file import shard_name
 from vae_scale.errors import UserError
 
 Record = dict[str, Any]  # a shard's entry in the manifest
+RECORD = {"url", "split", "nsamples", "filesize", "md5sum", "sha256", "pixels_sha256", "labels"}  # its keys
 Header = dict[str, Any]  # first line of a journal: all that the manifests say, except for the shards
 
 
@@ -95,13 +96,24 @@ def read_journal(path: Path) -> tuple[Header, dict[str, Record]]:
     Raises:
         UserError: it has no header of this version.
     """
-    lines = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a line that was being written when the process was stopped
+    lines: list[Any] = []
+    for line in path.read_text("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # a line that was being written when the process was stopped
             lines.append(json.loads(line))
-    if not lines or "vae_scale" not in lines[0]:
+    if not lines or not _is_header(lines[0]):
         raise UserError(f"{path}: not a journal of this vae_scale; remove it, and pack again")
-    return lines[0], {line["url"]: line for line in lines[1:]}
+    records = [line for line in lines[1:] if isinstance(line, dict) and line.keys() >= RECORD]
+    return lines[0], {str(record["url"]): record for record in records}
+
+
+def _is_header(line: Any) -> bool:
+    """Whether this may be the first line of a journal, of which file names and numbers of shards are made."""
+    try:
+        ours, size, plain = line["vae_scale"], line["images_per_shard"], r"[\w-]+"
+        counts = all(re.fullmatch(plain, split) and 0 < count <= 2**40 for split, count in ours["splits"].items())
+        return counts and bool(re.fullmatch(plain, line["name"])) and size > 0 and isinstance(ours["fingerprint"], str)
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 class Journal:
@@ -249,6 +261,7 @@ def _all_jobs(header: Header) -> list[Job]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes one line of JSON, as a whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # it may be a link to somewhere else
     with temporary.open("w") as file:
         json.dump(content, file)
         file.flush()

@@ -14,6 +14,7 @@ from vae_scale.data.plan import Rows
 from vae_scale.data.shards import ShardSet
 
 LOADERS = 8  # shards mapped, fetched or decoded at the same time
+Loaded = Future[tuple[Images, int]]  # images of a shard, or of the one that takes its place, and the number of that
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,16 @@ class Found:
     """Images somewhere in memory.
 
     Attributes:
+        rows: Which samples of the set they are, after those of bad shards were replaced: int64 [n].
         places: Their addresses: int64 [n].
         held: What keeps that memory.
+        missing: How many of them take the place of images of bad shards.
     """
 
+    rows: Rows
     places: Rows
-    held: list[Future[Images]]
+    held: list[Loaded]
+    missing: int = 0
 
     def copy(self, out: Images) -> None:
         """Copies them into `out`, contiguous uint8 [n, H, W, 3]. Any thread may call it."""
@@ -53,19 +58,23 @@ class _Memory:
 class Reader:
     """Gathers images of a set from shards that threads load ahead. Use it in a `with`, which ends the threads.
 
+    Where the set skips bad shards, images of others take the place of theirs, and are counted. That is decided when a file is
+    opened; one that is cut off while it is mapped ends the process (SIGBUS), which nothing here can prevent.
     It holds no more than the shards named last, those being replaced, and those whose loading cannot be stopped any more.
     """
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
         self._needed: list[int] = []
-        self._held: list[Future[Images]] = []
-        self._arrays: dict[int, Future[Images]] = {}
+        self._held: list[Loaded] = []
+        self._arrays: dict[int, Loaded] = {}
         self._numbers = np.repeat(np.arange(len(shards.shards)), np.diff(shards.starts))
         # Where sample 0 of the set would be, if it lay before a shard as its own samples do; 0 before its first use.
         self._origins = np.zeros(len(shards.shards), np.int64)
+        self._others = np.arange(len(shards.shards))  # the shards that take their places, where they are bad
+        self._replacing = False  # as long as none was bad, which costs nothing
         self._stride = 0
-        self._queue: queue.SimpleQueue[tuple[int, Future[Images]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[int, Loaded] | None] = queue.SimpleQueue()
         # Daemons: a process that wants to end does not wait for a shard that is still on its way.
         self._threads = [threading.Thread(target=self._load, name="loader", daemon=True) for _ in range(LOADERS)]
         for thread in self._threads:
@@ -100,7 +109,9 @@ class Reader:
         Raises:
             UserError: a shard is missing, damaged or cannot be fetched.
         """
-        self.find(rows).copy(out)
+        found = self.find(rows)
+        found.copy(out)
+        self.shards.count(found.missing)
 
     def find(self, rows: Rows) -> Found:
         """Where samples `rows` of needed shards lie in memory; waits until they do.
@@ -110,17 +121,23 @@ class Reader:
         """
         numbers, held = self._numbers[rows], self._held  # taken first: another thread may let go of all in the meantime
         for number in set(numbers[self._origins[numbers] == 0].tolist()):
-            array = self._arrays[number].result()
+            array, other = self._arrays[number].result()
             self._stride = array.strides[0]
-            self._origins[number] = array.ctypes.data - int(self.shards.starts[number]) * self._stride
-        return Found(self._origins[numbers] + rows * self._stride, held)
+            self._others[number] = other
+            self._replacing |= other != number
+            self._origins[number] = array.ctypes.data - int(self.shards.starts[other]) * self._stride
+        missing = 0
+        if self._replacing:
+            others = self._others[numbers]
+            rows, missing = self.shards.replaced(rows, numbers, others), int((others != numbers).sum())
+        return Found(rows, self._origins[numbers] + rows * self._stride, held, missing)
 
     def _load(self) -> None:
         while (item := self._queue.get()) is not None:
             number, future = item
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(self.shards.read(number))
+                    future.set_result(self.shards.read_or_replace(number))
                 except BaseException as error:  # for whoever gathers from it
                     future.set_exception(error)
             del item, future  # or this thread would hold on to the array until its next shard

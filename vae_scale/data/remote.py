@@ -25,10 +25,9 @@ from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 from vae_scale.data.shard_file import Shard
-from vae_scale.data.storage import SCHEMES, Cache, Storage
+from vae_scale.data.storage import INDEX_BYTES, SCHEMES, Cache, Storage, Unreadable
 from vae_scale.errors import UserError, one_line, shown
 
-INDEX_BYTES = 2**30  # of an index.json, at most
 INDEXED_BYTES = 2**36  # of a shard that has no manifest yet, at most
 CHUNK = 2**20
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # faults of our own disk, not of a server
@@ -113,18 +112,18 @@ class Fetched(Storage):
                 reason, final = _reason(error)
             part.unlink(missing_ok=True)
             if final:
-                raise UserError(f"{label}: {reason}; {consequence}")
+                raise Unreadable(f"{label}: {reason}; {consequence}")
             if attempt < PATIENCE.attempts:
                 pause = PATIENCE.pause * 2 ** (attempt - 1)
                 logger.warning("%s: %s; trying again in %g s", label, reason, pause)
                 time.sleep(pause)
-        raise UserError(f"{label}: {reason}, at the last of {PATIENCE.attempts} attempts; {consequence}")
+        raise Unreadable(f"{label}: {reason}, at the last of {PATIENCE.attempts} attempts; {consequence}")
 
 
 def _check_index(part: Path) -> None:
     try:
         json.loads(part.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _Fault("not whole JSON") from None
 
 

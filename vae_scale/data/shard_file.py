@@ -20,12 +20,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from vae_scale.data.images import Images, decode, square
+from vae_scale.errors import one_line
 
 FORMAT_VERSION = 1
 ENCODINGS = ("npy", "png", "jpg", "webp")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of members that hold an encoded image
 BLOCK = 512  # bytes of a tar header, and what members are padded to
 MODE = 0o444  # of every member
+MOST_SIDE = 4096  # pixels of an image
+MOST_BYTES = 2**30  # of a member that is read, as a whole, into memory
 # Encoder settings of the compact encodings. Lossy ones are set so that the loss is below what a VAE resolves.
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG"},
@@ -123,6 +126,7 @@ def write_shard(
     content = _array_tar(keys, labels, images) if encoding == "npy" else _encoded_tar(keys, labels, images, encoding)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # it may be a link to somewhere else
         _write_through(temporary, content)
         temporary.replace(path)
     except OSError as error:
@@ -271,7 +275,7 @@ def _decoded(file: BufferedReader, samples: int, shape: tuple[int, int, int], fi
     images = np.ndarray((samples, *shape), np.uint8, mmap.mmap(-1, samples * math.prod(shape)))
     found = 0
     for name, content in members(file):
-        if not name.lower().endswith(SUFFIXES):
+        if f".{kind_of(name)}" not in SUFFIXES:
             continue
         if found < samples:
             try:
@@ -287,11 +291,16 @@ def _decoded(file: BufferedReader, samples: int, shape: tuple[int, int, int], fi
     return images
 
 
+def kind_of(name: str) -> str:
+    """What comes after the first dot of a member's name, as WebDataset has it: what the member is."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
+
+
 def members(file: BufferedReader) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file in a tar.
+    """Name and content of each file in a tar. Names never become paths; links and devices are passed over, as in webdataset.
 
     Raises:
-        ValueError: it is not a whole tar.
+        ValueError: it is not a whole tar, or a file in it is too large to be a sample.
     """
     position = 0
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -299,6 +308,7 @@ def members(file: BufferedReader) -> Iterator[tuple[str, bytes]]:
         # read here.
         while member := _plain_member(content, position):
             name, begin, size = member
+            _check_size(name, size)
             yield name, content[begin : begin + size]
             position = begin + size + -size % BLOCK
         if content[position : position + 2 * BLOCK] == bytes(2 * BLOCK):
@@ -307,11 +317,21 @@ def members(file: BufferedReader) -> Iterator[tuple[str, bytes]]:
         file.seek(position)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for entry in tar:
-                extracted = tar.extractfile(entry)
-                if extracted is not None:
-                    yield entry.name, extracted.read()
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"not a whole tar ({error})") from None
+                _check_size(entry.name, entry.size)  # of all: a negative one would lead back to where we were
+                if entry.issparse():
+                    raise ValueError(
+                        f"{entry.name} is a sparse file, whose size is what it says; make the tar without --sparse"
+                    )
+                content_of = tar.extractfile(entry) if entry.isreg() else None
+                if content_of is not None:
+                    yield entry.name, content_of.read()
+    except (tarfile.TarError, OSError, RecursionError) as error:
+        raise ValueError(f"not a whole tar ({one_line(error)})") from None
+
+
+def _check_size(name: str, size: int) -> None:
+    if not 0 <= size <= MOST_BYTES:
+        raise ValueError(f"{name} has {size:,} bytes; 0 to {MOST_BYTES:,} are read")
 
 
 def _plain_member(content: mmap.mmap, position: int) -> tuple[str, int, int] | None:
@@ -320,7 +340,10 @@ def _plain_member(content: mmap.mmap, position: int) -> tuple[str, int, int] | N
     if len(header) < BLOCK or header[156:157] not in (b"0", b"\0") or header[345] or header[124] & 0x80:
         return None
     try:
-        size, checksum = (int(field.strip(b" \0"), 8) for field in (header[124:136], header[148:156]))
+        fields = [field.strip(b" \0") for field in (header[124:136], header[148:156])]
+        if not all(field.isdigit() for field in fields):  # int() takes signs, too
+            return None
+        size, checksum = (int(field, 8) for field in fields)
         name = header[:100].rstrip(b"\0").decode("ascii")
     except ValueError:
         return None

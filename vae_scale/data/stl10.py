@@ -4,9 +4,11 @@ https://cs.stanford.edu/~acoates/stl10/: images are uint8, three planes of 96x96
 uint8, 1..10; train and test have labels, unlabeled has none.
 """
 
+import gzip
 import hashlib
 import tarfile
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,15 @@ from einops import rearrange
 
 from vae_scale.data.images import Images
 from vae_scale.data.packing import Source, Split
-from vae_scale.errors import UserError
+from vae_scale.errors import UserError, one_line
 
 SIDE = 96
 IMAGE_BYTES = 3 * SIDE * SIDE
 OFFICIAL = {"train": 5_000, "test": 8_000, "unlabeled": 100_000}
 LABELLED = ("train", "test")
 SMALL_FILE = 10_000_000  # bytes; labels, class names and folds are far below
+MOST_IMAGES = 10_000_000  # of a split
+_BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, RecursionError)  # what a damaged archive raises
 
 
 def planes_to_hwc(raw: bytes | Images) -> Images:
@@ -117,6 +121,18 @@ class _Folder:
         return {name: _sha256(self.path / name) for name in names}
 
 
+class _Unpacked(gzip.GzipFile):
+    """A decompressed archive of which nobody takes more than `most` bytes at once: a header can ask for any number."""
+
+    most = SMALL_FILE
+
+    def read(self, size: int | None = -1) -> bytes:
+        """See `io.RawIOBase`."""
+        if size is None or not 0 <= size <= self.most:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
 class _Archive:
     """The binaries inside `stl10_binary.tar.gz`, never unpacked to disk.
 
@@ -133,15 +149,19 @@ class _Archive:
         self._name = ""
         self._lock = threading.Lock()
         try:
-            self._tar = tarfile.open(path, "r:gz")  # noqa: SIM115 read until the process ends
+            unpacked = _Unpacked(path)
+            self._tar = tarfile.open(fileobj=unpacked, mode="r:")  # noqa: SIM115 read until the process ends
             for member in self._tar:
-                if member.isfile():
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                if member.isreg() and not member.issparse():  # whose size is only what it says
                     self._add(member)
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(f"{path}: not a whole .tar.gz ({error}); download it again") from None
+            unpacked.most = MOST_IMAGES * IMAGE_BYTES
+        except _BROKEN as error:
+            raise UserError(f"{path}: not a whole .tar.gz ({one_line(error)}); download it again") from None
 
     def _add(self, member: tarfile.TarInfo) -> None:
-        name = Path(member.name).name
+        name = member.name.rpartition("/")[2]
         self.sizes[name] = member.size
         self._members[name] = member
         if member.size < SMALL_FILE and not name.endswith("_X.bin"):
@@ -153,14 +173,14 @@ class _Archive:
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         with self._lock:
-            if self._name != name:
-                self._open, self._name = self._tar.extractfile(self._members[name]), name
-            assert self._open is not None
-            self._open.seek(offset)
             try:
+                if self._name != name:
+                    self._open, self._name = self._tar.extractfile(self._members[name]), name
+                assert self._open is not None
+                self._open.seek(offset)
                 return self._open.read(size)
-            except (tarfile.TarError, EOFError, OSError) as error:
-                raise UserError(f"{self.path}: {name} cannot be read ({error}); download it again") from None
+            except _BROKEN as error:
+                raise UserError(f"{self.path}: {name} cannot be read ({one_line(error)}); download it again") from None
 
     def hashes(self, names: list[str]) -> dict[str, str]:
         return {self.path.name: _sha256(self.path)}
@@ -172,6 +192,11 @@ class _Archive:
 
 
 def _source(files: _Folder | _Archive, wanted: list[str]) -> Source:
+    for name in ("class_names.txt", "fold_indices.txt", *(f"{split}_y.bin" for split in LABELLED)):
+        if files.sizes.get(name, 0) >= SMALL_FILE:
+            raise UserError(
+                f"{files.path / name}: {files.sizes[name]:,} bytes, fewer than {SMALL_FILE:,} are read; not STL-10's"
+            )
     found = [split for split in wanted if f"{split}_X.bin" in files.sizes]
     if len(found) < len(wanted):
         missing = next(split for split in wanted if split not in found)
@@ -181,8 +206,15 @@ def _source(files: _Folder | _Archive, wanted: list[str]) -> Source:
         order = files.order(found)
         splits.sort(key=lambda split: order.index(split.name))
     used = [f"{split}_X.bin" for split in found] + [f"{split}_y.bin" for split in found if split in LABELLED]
-    names = files.small("class_names.txt").decode().split() if "class_names.txt" in files.sizes else []
-    return Source(splits, names, lambda: files.hashes(used), _folds(files, splits))
+    return Source(splits, _class_names(files), lambda: files.hashes(used), _folds(files, splits))
+
+
+def _class_names(files: _Folder | _Archive) -> list[str]:
+    name = "class_names.txt"
+    try:
+        return files.small(name).decode().split() if name in files.sizes else []
+    except UnicodeDecodeError as error:
+        raise UserError(f"{files.path / name}: not UTF-8 ({error.reason}, byte {error.start})") from None
 
 
 def _labels(files: _Folder | _Archive, split: str) -> list[int]:
@@ -191,6 +223,8 @@ def _labels(files: _Folder | _Archive, split: str) -> list[int]:
     path = files.path / f"{split}_X.bin"
     if rest or not count:
         raise UserError(f"{path}: {size} bytes are not a multiple of {IMAGE_BYTES} (3x96x96); it is truncated or not STL-10")
+    if count > MOST_IMAGES:
+        raise UserError(f"{path}: {count:,} images, at most {MOST_IMAGES:,} are packed; it is not STL-10")
     if count != OFFICIAL[split]:
         print(f"note: {path} holds {count:,} images; the official STL-10 has {OFFICIAL[split]:,}")
     if split not in LABELLED:
@@ -198,9 +232,10 @@ def _labels(files: _Folder | _Archive, split: str) -> list[int]:
     name = f"{split}_y.bin"
     if name not in files.sizes:
         raise UserError(f"{files.path / name}: missing; it holds the labels of {path.name}")
+    found = files.sizes[name]  # a label is a byte
+    if found != count:
+        raise UserError(f"{files.path / name}: {found} labels for {count} images of {path.name}; one is truncated")
     labels = np.frombuffer(files.small(name), np.uint8)
-    if len(labels) != count:
-        raise UserError(f"{files.path / name}: {len(labels)} labels for {count} images of {path.name}; one is truncated")
     if labels.min() < 1 or labels.max() > 10:
         raise UserError(f"{files.path / name}: label {labels[(labels < 1) | (labels > 10)][0]}; they must be 1 to 10")
     return [int(label) - 1 for label in labels]

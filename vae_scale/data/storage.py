@@ -1,8 +1,10 @@
 """Where the files of a set of shards are."""
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -17,6 +19,11 @@ from vae_scale.data.shard_file import Shard
 from vae_scale.errors import UserError, shown
 
 SCHEMES = ("http", "https", "s3", "gs", "hf")  # of URLs that shards may have
+INDEX_BYTES = 2**30  # of an index.json, at most
+
+
+class Unreadable(UserError):
+    """A file of a set is missing, damaged or cannot be fetched. Of the others nothing is said."""
 
 
 class Storage(ABC):
@@ -43,7 +50,8 @@ class Storage(ABC):
         """A local file that holds a shard, of the size that the manifest says. Any thread may call it.
 
         Raises:
-            UserError: the shard is missing, damaged or cannot be fetched.
+            Unreadable: it is missing, damaged or cannot be fetched.
+            UserError: none can be read, whichever it is: the cache is full, say.
         """
 
 
@@ -60,18 +68,31 @@ class Folder(Storage):
         index = self.folder / "index.json"
         if not index.is_file():
             raise UserError(f"data.shards {self.folder}: no index.json there; write shards with python -m vae_scale.pack")
-        return index.read_text()
+        try:
+            if (size := index.stat().st_size) > INDEX_BYTES:
+                raise UserError(f"{index}: {size:,} bytes, at most {INDEX_BYTES:,} are read")
+            return index.read_text("utf-8")
+        except OSError as error:
+            raise UserError(f"{index}: {error.strerror}") from None
 
     def open(self, shard: Shard) -> BufferedReader:
+        # Shards may be links to files elsewhere: whoever can make one here can read these files as well, and nothing is
+        # ever written through it.
         path = self.folder / shard.url
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would be to wait for its writer
+                raise Unreadable(f"{path}: not a file; copy or pack it again")
             file = path.open("rb")
         except FileNotFoundError:
-            raise UserError(f"{path}: missing, though the manifest names it; copy or pack it again") from None
+            raise Unreadable(f"{path}: missing, though the manifest names it; copy or pack it again") from None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise Unreadable(f"{path}: {error.strerror}; copy or pack it again") from None
         size = os.fstat(file.fileno()).st_size
         if size != shard.filesize:
             file.close()
-            raise UserError(f"{path}: {size} bytes, the manifest says {shard.filesize}; copy or pack it again")
+            raise Unreadable(f"{path}: {size} bytes, the manifest says {shard.filesize}; copy or pack it again")
         return file
 
 

@@ -32,13 +32,15 @@ class Batch:
     Attributes:
         images: uint8 [n, H, W, 3] on the trainer's device. Valid until the next batch is asked for.
         rows: Numbers of the samples in the set: int64 [n].
+        missing: How many of them take the place of images that could not be read.
     """
 
     images: Tensor
     rows: Rows
+    missing: int = 0
 
 
-_Results = queue.SimpleQueue[tuple[Tensor, Rows] | BaseException]  # of one copier
+_Results = queue.SimpleQueue[tuple[Tensor, Rows, int] | BaseException]  # of one copier
 
 
 class Stream:
@@ -83,6 +85,7 @@ class Stream:
         self.device = torch.device(device)
         self.plan = Plan([shard.samples for shard in shards.shards], seed, batch, window or default_window(shards), streams)
         self._rank, self._ranks, self._prefetch = rank, ranks, prefetch
+        self._stands = np.arange(len(shards))  # the sample that is read for each, known where the whole set is
         self._resident = self._load() if cache == "device" else None
 
     def state_dict(self) -> dict[str, int]:
@@ -101,7 +104,9 @@ class Stream:
             for number, (start, stop) in enumerate(itertools.pairwise(starts)):
                 reader.need(range(number, min(number + LOADERS, len(starts) - 1)))
                 images = np.empty((stop - start, *self.shards.image_shape), np.uint8)
-                reader.gather(np.arange(start, stop), images)
+                found = reader.find(np.arange(start, stop))
+                found.copy(images)
+                self._stands[start:stop] = found.rows
                 resident[start:stop] = torch.from_numpy(images)
         return resident
 
@@ -114,13 +119,15 @@ class Stream:
             self.wait_seconds += time.perf_counter() - begin
             # Counted before the batch is handed out, so that whoever holds it finds it counted.
             self.images_seen += self.plan.batch
+            self.shards.count(batch.missing)
             yield batch
 
     def _from_device(self) -> Iterator[Batch]:
         assert self._resident is not None
         while True:
-            rows = self.plan.rows(self.images_seen, self._rank, self._ranks)
-            yield Batch(self._resident[torch.from_numpy(rows).to(self.device)], rows)
+            planned = self.plan.rows(self.images_seen, self._rank, self._ranks)
+            rows = self._stands[planned]
+            yield Batch(self._resident[torch.from_numpy(rows).to(self.device)], rows, int((rows != planned).sum()))
 
     def _from_host(self) -> Iterator[Batch]:
         """Copies batches into a ring of buffers, in threads that take turns in planning them."""
@@ -155,7 +162,7 @@ class Stream:
                         free.put(None)
                         return
                 found.copy(buffer.numpy())
-                results.put((buffer, rows))
+                results.put((buffer, found.rows, found.missing))
 
         with Reader(self.shards) as reader:
             threads = [threading.Thread(target=copy, args=[reader], name="stream", daemon=True) for _ in range(COPIERS)]
@@ -179,12 +186,12 @@ class Stream:
             result = ready.get().get()
             if isinstance(result, BaseException):
                 raise result
-            buffer, rows = result
+            buffer, rows, missing = result
             if side is None:
-                return Batch(buffer, rows), buffer, None
+                return Batch(buffer, rows, missing), buffer, None
             with torch.cuda.stream(side):
                 images = buffer.to(self.device, non_blocking=True)
-                return Batch(images, rows), buffer, side.record_event()
+                return Batch(images, rows, missing), buffer, side.record_event()
 
         following = upload() if pinned else None
         while True:

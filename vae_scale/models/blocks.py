@@ -42,7 +42,11 @@ def norm(channels: int) -> GroupNorm:
     return GroupNorm(groups, channels)
 
 
-class ResBlock(nn.Module):
+class Block(nn.Module):
+    """A part of a network that is used as a whole, by calling it: where weights are sharded, its own are fetched together."""
+
+
+class ResBlock(Block):
     """x + conv(silu(norm(conv(silu(norm(x)))))), the last convolution zero at the start."""
 
     def __init__(self, channels: int) -> None:
@@ -56,7 +60,7 @@ class ResBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(hidden)))
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """x + self-attention over the positions of x, four heads; zero at the start."""
 
     heads = 4

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae_scale.models.blocks import conv, depth_to_space, space_to_depth
+from vae_scale.models.blocks import Block, conv, depth_to_space, space_to_depth
 
 AUGMENTATIONS = 6  # numbers that say how an image was augmented, all 0 for one that was not
 HEAD = 64  # channels of an attention head
@@ -122,7 +122,7 @@ class Flow(nn.Module):
         return z * self.scale + self.shift
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """Self-attention and a two-layer network on tokens [b, n, c], each scaled, shifted and gated by the condition."""
 
     def __init__(self, width: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vae_scale.config import VAEConfig
 from vae_scale.errors import UserError
-from vae_scale.models.blocks import GroupNorm, conv
+from vae_scale.models.blocks import Block, GroupNorm, conv
 from vae_scale.models.likelihoods import Scaled, make_likelihood
 from vae_scale.models.resnet import FIRST_LOG_SIGMA
 from vae_scale.models.vae import VAE, Posterior
@@ -147,7 +147,7 @@ def _blocks(c_in: int, c_out: int, count: int, groups: int) -> nn.Sequential:
     return nn.Sequential(*[_Block(c_out if number else c_in, c_out, groups) for number in range(count)])
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))), where the shortcut is 1x1 if the channels change."""
 
     def __init__(self, c_in: int, c_out: int, groups: int) -> None:
@@ -161,7 +161,7 @@ class _Block(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(hidden)))
 
 
-class _Attention(nn.Module):
+class _Attention(Block):
     """x + self-attention with one head over the positions of x."""
 
     def __init__(self, channels: int, groups: int) -> None:

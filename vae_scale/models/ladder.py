@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae_scale.config import VAEConfig
-from vae_scale.models.blocks import conv, depth_to_space, space_to_depth
+from vae_scale.models.blocks import Block, conv, depth_to_space, space_to_depth
 from vae_scale.models.likelihoods import make_likelihood
 from vae_scale.models.vae import SOFT_CLAMP, VAE, Posterior, Terms
 
@@ -71,7 +71,7 @@ class LadderVAE(VAE):
         return Terms(self.likelihood.log_prob(output, images), kl, posterior.log_ratio(noise), output)
 
 
-class _Block(nn.Module):
+class _Block(Block):
     """1x1, 3x3, 1x1 convolutions, an activation before each; 1x1 throughout where the map has no neighbours to speak of."""
 
     def __init__(self, c_in: int, c_mid: int, c_out: int, side: int, gain: float) -> None:

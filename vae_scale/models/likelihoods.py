@@ -39,8 +39,11 @@ class Likelihood(nn.Module):
         """What `follow` wants, averaged over the batch: a scalar, without gradient."""
         return output.new_zeros(())
 
-    def follow(self, deviation: Tensor) -> None:
-        """Moves the scale towards its optimum; called after each step with the global batch's `deviation`."""
+    def follow(self, deviation: Tensor, taken: Tensor) -> None:
+        """Moves the scale towards its optimum; called after each step with the global batch's `deviation`.
+
+        `taken` is whether the weights moved: a scalar. Where they did not, neither does the scale.
+        """
 
 
 class Scaled(Likelihood):
@@ -79,11 +82,11 @@ class Scaled(Likelihood):
         return (error.square() if self.power == 2 else error).mean()
 
     @torch.no_grad()
-    def follow(self, deviation: Tensor) -> None:
+    def follow(self, deviation: Tensor, taken: Tensor) -> None:
         """Moves the logarithm of the scale a tenth of the way to the optimum."""
         if self.optimal:
             best = deviation.clamp(min=1e-8).log() / self.power
-            self.log_scale.lerp_(best, self.follow_rate)
+            self.log_scale.lerp_(torch.where(taken, best, self.log_scale), self.follow_rate)
 
 
 class Classic(Likelihood):

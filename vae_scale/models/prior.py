@@ -55,6 +55,19 @@ class GaussianMixture:
             mixture = cls._maximise(mean, variance, shares)
         return cls(mixture.weights.float().cpu(), mixture.means.float().cpu(), mixture.factors.float().cpu())
 
+    def check(self, length: int) -> None:
+        """Refuses tensors that are no mixture over latents of `length` numbers.
+
+        Raises:
+            ValueError: naming them.
+        """
+        count = len(self.weights) if self.weights.ndim else 0
+        shapes = {"weights": (count,), "means": (count, length), "factors": (count, length, length)}
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
+            if not count or tensor.shape != shape or not tensor.is_floating_point():
+                raise ValueError(f"the mixture's {name} are {tensor.dtype} {list(tensor.shape)}, not numbers {list(shape)}")
+
     @classmethod
     def _maximise(cls, mean: Tensor, variance: Tensor, shares: Tensor) -> Self:
         totals = shares.sum(0).clamp(min=1e-6)

@@ -1,6 +1,7 @@
 """Variational autoencoders of images."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vae_scale.config import VAEConfig, as_dict, model_from_dict
-from vae_scale.errors import UserError
+from vae_scale.config import MOST_BLOCKS, VAEConfig, as_dict, model_from_dict
+from vae_scale.errors import UserError, one_line
 from vae_scale.models.critic import Critic
 from vae_scale.models.flow import Flow, Solver
 from vae_scale.models.likelihoods import make_likelihood
@@ -26,6 +27,7 @@ from vae_scale.randomness import noise_of_each
 SOFT_CLAMP = 5.0  # bound of log sigma, reached smoothly (NVAE, Vahdat & Kautz, 2020)
 CRITIC = "critic."  # of its weights, which only training needs
 WEIGHTS, CONFIG, MIXTURE = "model.safetensors", "config.json", "mixture.safetensors"
+MOST_SIZE = 2**16  # of what config.json describes: pixels, channels
 Prior = Literal["auto", "normal", "gmm", "flow"]
 
 
@@ -286,23 +288,54 @@ class VAE(nn.Module):
         from vae_scale.models.networks import build
 
         try:
-            description = json.loads((folder / CONFIG).read_text())
+            description = json.loads((folder / CONFIG).read_text("utf-8"))
             config = model_from_dict(description["model"], str(folder / CONFIG))
-            model = build(config, int(description["resolution"]))
-            if flow := description.get("flow"):
-                names = [str(name) for name in description["classes"]]
-                model.add_flow(int(flow["width"]), int(flow["depth"]), int(flow["patch"]), names)
+
+            def make() -> VAE:
+                model = build(config, _size(description, "resolution"))
+                if flow := description.get("flow"):
+                    sizes = [_size(flow, name) for name in ("width", "depth", "patch")]
+                    model.add_flow(sizes[0], sizes[1], sizes[2], [str(name) for name in description["classes"]])
+                return model
+
             state = load_file(folder / weights)
-            model.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith(CRITIC)})
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(CRITIC)}
+            with torch.device("meta"):  # takes no memory, whatever sizes the description claims
+                _check_shapes(make(), state)
+            model = make()
+            model.load_state_dict(state)
             if (folder / MIXTURE).is_file():
                 model.mixture = GaussianMixture(**load_file(folder / MIXTURE))
+                model.mixture.check(math.prod(model.latent_shape))
         except FileNotFoundError as error:
             raise UserError(f"{error.filename or folder / weights}: missing; give the folder of a model") from None
-        except (KeyError, TypeError, ValueError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{folder}: not a model of vae_scale, or damaged ({error})") from None
+        except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
+            reason = f"{type(error).__name__} {one_line(error):.300}"
+            raise UserError(f"{folder}: not a model of vae_scale, or damaged ({reason})") from None
         if not isinstance(model, cls):
             raise UserError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}")
         return model.eval()
+
+
+def _size(description: dict[str, object], name: str) -> int:
+    value, most = description[name], MOST_BLOCKS if name == "depth" else MOST_SIZE
+    if type(value) is not int or not 0 < value <= most:
+        raise ValueError(f"{name} is {value!r:.40}, not a whole number from 1 to {most:,}")
+    return value
+
+
+def _check_shapes(model: VAE, state: dict[str, Tensor]) -> None:
+    """Refuses weights that are not those of a model, before memory is taken for it.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            here, there = (list(shapes[name]) if name in shapes else "nothing" for shapes in (found, wanted))
+            raise ValueError(f"{name} is {here}, its configuration says {there}")
 
 
 def slerp(first: Tensor, last: Tensor, way: float) -> Tensor:

@@ -5,24 +5,32 @@ A checkpoint is a folder `images_000012345` with `model`, `ema` and `optimizer.s
 folder is made under a temporary name, brought to the disk, and renamed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
+import threading
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Parameter
+from tqdm import tqdm
 
-from vae_scale.errors import UserError
+from vae_scale.errors import UserError, one_line
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.json"
 Tensors = dict[str, dict[str, Tensor]]
 NAME = re.compile(r"images_\d{9,}")
+RETRY_SECONDS = 30.0
 
 
 def folder_of(run: Path, images_seen: int) -> Path:
@@ -44,20 +52,24 @@ def checkpoints(run: Path) -> list[Path]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
         for name, entry in files.items():
-            if Path(name).name != name:
-                return f"{MANIFEST} names a path, {name!r}"
+            if Path(name).name != name or not name.isprintable():
+                return f"{MANIFEST} names a path, {name!r:.80}"
             path = folder / name
+            if path.exists() and not path.is_file():  # to open a pipe would be to wait for its writer
+                return f"{name} is not a file"
             size = path.stat().st_size
             if size != entry["size"]:
                 return f"{name} has {size} bytes instead of {entry['size']}"
             if _sha256(path) != entry["sha256"]:
                 return f"{name} does not match its sha256"
+        if lacking := [name for name in (STATE, CONFIG) if name not in files]:
+            return f"{MANIFEST} does not name {lacking[0]}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error!r})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({error!r:.200})"
     return None
 
 
@@ -78,10 +90,35 @@ def load(folder: Path, *names: str) -> tuple[dict[str, Any], Tensors]:
         UserError: it is damaged.
     """
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = json.loads((folder / STATE).read_text("utf-8"), object_hook=lambda values: _State(folder, values))
+        config = state.get("config", {}) if isinstance(state, dict) else None
+        parts = [config.get(part, {}) for part in ("model", "data", "prior")] if isinstance(config, dict) else [None]
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"{STATE} does not hold what it should")
         return state, {name: load_file(folder / f"{name}.safetensors") for name in names}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be read ({error}); delete it to use the one before") from None
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be read ({one_line(error)}); delete it to use the one before") from None
+
+
+def unlike(parameters: Iterable[tuple[str, Parameter]], optimizer: dict[str, Tensor]) -> str | None:
+    """The first moment of a parameter that a checkpoint's optimizer lacks, or holds in another shape; None if there is none."""
+    for name, parameter in parameters:
+        for part, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+            saved = optimizer.get(f"{part}.{name}")
+            if saved is None or saved.shape != shape:
+                return f"{part}.{name}"
+    return None
+
+
+class _State(dict[str, Any]):
+    """An object in state.json. What it lacks is told as what is wrong with the file."""
+
+    def __init__(self, folder: Path, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self._folder = folder
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self._folder / STATE}: lacks {key}; delete the checkpoint to use the one before")
 
 
 def newest_of(run: str | Path, option: str) -> Path:
@@ -97,39 +134,64 @@ def newest_of(run: str | Path, option: str) -> Path:
 
 
 class Writer:
-    """Writes a run's checkpoints in a thread, one at a time, while training goes on."""
+    """Writes a run's checkpoints in a thread, one at a time, while training goes on.
 
-    def __init__(self, run: Path, keep: int) -> None:
-        self._run, self._keep = run, keep
+    One that cannot be written, as the disk is full, read-only or gone, is tried again until the next one is due.
+
+    Args:
+        run: Folder of the run.
+        keep: Newest checkpoints kept.
+        keep_every: Images of which the first checkpoint after each multiple is kept, too; None for no others.
+    """
+
+    def __init__(self, run: Path, keep: int, keep_every: int | None = None) -> None:
+        self._run, self._keep, self._keep_every = run, keep, keep_every
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._hurry = threading.Event()
 
     def save(self, images_seen: int, tensors: Tensors, state: dict[str, Any], config: dict[str, Any]) -> None:
-        """Copies everything, then writes it in the background.
-
-        Raises:
-            OSError: the checkpoint before could not be written.
-        """
-        self.wait()
-        copies = {
-            name: {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in part.items()}
-            for name, part in tensors.items()
-        }
-        self._pending = self._pool.submit(self._write, images_seen, copies, state, config)
+        """Copies everything where it is, in a GPU's memory or in the host's, and does the rest in the background."""
+        with contextlib.suppress(UserError):  # said already, and this one makes up for it
+            self.wait()
+        copies = {name: {key: tensor.detach().clone() for key, tensor in part.items()} for name, part in tensors.items()}
+        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+        self._hurry.clear()
+        self._pending = self._pool.submit(self._persist, images_seen, copies, copied, state, config)
 
     def wait(self) -> None:
         """Returns when nothing is left to be written.
 
         Raises:
-            OSError: a checkpoint could not be written.
+            UserError: a checkpoint cannot be written, not even at a last try.
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
+            self._hurry.set()
             pending.result()
 
-    def _write(self, images_seen: int, tensors: Tensors, state: dict[str, Any], config: dict[str, Any]) -> None:
+    def _persist(
+        self, images_seen: int, copies: Tensors, copied: torch.cuda.Event | None, state: dict[str, Any], config: dict[str, Any]
+    ) -> None:
+        tensors = _on_host(copies, copied)
+        copies.clear()  # a GPU's memory is wanted elsewhere
         final = folder_of(self._run, images_seen)
-        temporary = final.with_name(f".{final.name}.tmp")
+        while True:
+            last = self._hurry.is_set()
+            try:
+                self._write(final, tensors, state, config)
+                break
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(_temporary(final), ignore_errors=True)  # what there is of it may be what fills the disk
+                reason = f"{final}: cannot be written ({one_line(error)})"
+                if last:
+                    raise UserError(f"{reason}; free some space and run again: training goes on from the one before") from None
+                tqdm.write(f"warning: {reason}; training goes on, and it is tried again", file=sys.stderr)
+            self._hurry.wait(RETRY_SECONDS)
+        self._delete_old()
+
+    def _write(self, final: Path, tensors: Tensors, state: dict[str, Any], config: dict[str, Any]) -> None:
+        temporary = _temporary(final)
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(".*.tmp"):
             shutil.rmtree(leftover)
@@ -146,10 +208,27 @@ class Writer:
             shutil.rmtree(final)
         temporary.rename(final)
         _sync(final.parent)
-        # Only now that the new one is safe. Damaged ones do not count, so a good one always stays.
+
+    def _delete_old(self) -> None:
+        """Deletes those that are not kept, now that a newer one is safe. Damaged ones do not count, so a good one stays."""
         whole = [path for path in checkpoints(self._run) if (path / MANIFEST).exists()]
+        first = {images_of(path) // self._keep_every: path for path in reversed(whole)} if self._keep_every else {}
+        first.pop(0, None)
         for old in whole[: -self._keep]:
-            shutil.rmtree(old)
+            if old not in first.values():
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(f".{final.name}.tmp")
+
+
+def _on_host(copies: Tensors, copied: torch.cuda.Event | None) -> Tensors:
+    """Tensors in the host's memory, contiguous, without delaying what the device computes meanwhile."""
+    with torch.cuda.stream(torch.cuda.Stream()) if copied else contextlib.nullcontext():
+        if copied:
+            torch.cuda.current_stream().wait_event(copied)
+        return {name: {key: tensor.contiguous().cpu() for key, tensor in part.items()} for name, part in copies.items()}
 
 
 def _sha256(path: Path) -> str:

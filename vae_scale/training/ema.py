@@ -1,26 +1,37 @@
 """Averaged weights: what evaluation and sampling use."""
 
 import copy
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vae_scale.models.vae import VAE
+from vae_scale.training.sharding import like, share, whole
 
 
 class EMA:
     """An exponential moving average of a model's weights.
 
     Attributes:
-        model: The model with the averaged weights, in evaluation mode.
+        model: The model with the averaged weights, in evaluation mode; where weights are sharded, as `gather` left it.
     """
 
     def __init__(self, model: VAE, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._decay = decay
-        self._averaged, self._weights = _tensors(self.model.parameters()), _tensors(model.parameters())
-        self._kept, self._buffers = _tensors(self.model.buffers()), _tensors(model.buffers())
+
+    @torch.no_grad()
+    def follow(self, model: VAE) -> None:
+        """Averages the weights of `model` from now on. Where these are sharded, each process averages its share."""
+        weights: list[Tensor] = list(model.parameters())
+        averaged: list[Tensor] = list(self.model.parameters())
+        self._sharded = [
+            (mine, like(mine, weight)) for mine, weight in zip(averaged, weights, strict=True) if isinstance(weight, DTensor)
+        ]
+        self._averaged = [share(part) for _, part in self._sharded] or averaged
+        self._weights = [share(weight) for weight in weights]
+        self._kept, self._buffers = list(self.model.buffers()), list(model.buffers())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -30,6 +41,8 @@ class EMA:
         if self._kept:
             torch._foreach_copy_(self._kept, self._buffers)
 
-
-def _tensors(parts: Iterable[Tensor]) -> list[Tensor]:
-    return list(parts)
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Brings the shares together in `model`, if there are any. All processes must call it."""
+        for mine, part in self._sharded:
+            mine.copy_(whole(part))

@@ -21,6 +21,7 @@ from vae_scale.data.shard_file import FORMAT_VERSION, Layout, Shard, shard_name,
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
 from vae_scale.models.vae import VAE
+from vae_scale.training import compiling
 from vae_scale.training.evaluation import ALONE, Processes
 from vae_scale.training.objective import to_model
 
@@ -74,7 +75,7 @@ def encode_shards(
     jobs, device = _jobs(shards), next(model.parameters()).device
     todo = _todo(jobs, out, fingerprint, processes, device)
     out.mkdir(parents=True, exist_ok=True)
-    planes = torch.compile(_planes) if compiled else _planes
+    planes = compiling.compiled(_planes) if compiled else _planes
 
     def encode(images: Images) -> Tensor:
         return planes(model, torch.from_numpy(images).to(device))
@@ -82,7 +83,7 @@ def encode_shards(
     batch = min(batch, max(shard.samples for shard in shards.shards))
     total = sum(shards.shards[number].samples for number in todo)
     bar = tqdm(total=total, unit=" images", unit_scale=True, desc=f"encoding {out}", disable=processes.rank > 0)
-    with Reader(shards) as reader, bar:
+    with Reader(shards) as reader, bar, compiling.shown(bar.set_postfix_str):
         for place, number in enumerate(todo):
             reader.need(todo[place : place + 2])
             rows = np.arange(shards.starts[number], shards.starts[number + 1])
@@ -143,7 +144,7 @@ def _complete(out: Path, fingerprint: str) -> bool:
         return False
     try:
         found = json.loads((out / "index.json").read_text())["vae_scale"]["fingerprint"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         found = None
     if found != fingerprint:
         raise UserError(f"{out}: holds a complete set of images, or of another checkpoint or options; choose another --out")
@@ -154,8 +155,11 @@ def _noted(out: Path, fingerprint: str) -> dict[str, Record]:
     """The shards in `out` that are finished, by file name."""
     noted: dict[str, Record] = {}
     for path in out.glob(NOTES):
-        record = json.loads(path.read_text())
-        if record.pop("fingerprint", None) != fingerprint:
+        try:
+            record = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            raise UserError(f"{path}: damaged; remove it, and encode again") from None
+        if not isinstance(record, dict) or record.pop("fingerprint", None) != fingerprint:
             raise UserError(f"{out}: holds interrupted work of another checkpoint, source or options; choose another --out")
         noted[record["url"]] = record
     return noted

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from vae_scale.data.images import PHOTOGRAPHS, opened
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
 from vae_scale.metrics.features import Extractor
@@ -71,9 +72,9 @@ def encode_photographs(model: VAE, paths: Sequence[Path]) -> Tensor:
     images = np.empty((len(paths), side, side, 3), np.uint8)
     for image, path in zip(images, paths, strict=True):
         try:
-            with Image.open(path) as opened:
-                picture = opened.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            with opened(path, PHOTOGRAPHS) as photograph:
+                picture = photograph.convert("RGB")
+        except ValueError as error:
             raise UserError(f"{path}: cannot be read as an image ({error})") from None
         edge = min(picture.size)
         left, top = (picture.width - edge) // 2, (picture.height - edge) // 2

@@ -1,13 +1,14 @@
 """How this process was started: devices, precision, and a check that the launcher did what it was asked."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from vae_scale.config import TrainConfig
 from vae_scale.errors import UserError
@@ -30,8 +31,10 @@ def start(config: TrainConfig) -> Accelerator:
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    # Longer than the watch waits, which says for whom.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=1.5 * config.timeout))
     mixed = precision if precision in ("bf16", "fp16") else "no"
-    accelerator = Accelerator(cpu=not gpu, mixed_precision=mixed, kwargs_handlers=[ddp])
+    accelerator = Accelerator(cpu=not gpu, mixed_precision=mixed, kwargs_handlers=[ddp, group])
     expected = max(int(os.environ.get("WORLD_SIZE", 1)), asked_of_launcher())
     if accelerator.num_processes != expected:
         raise UserError(

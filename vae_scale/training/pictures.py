@@ -20,15 +20,16 @@ def to_uint8(images: Tensor) -> Images:
     return pixels
 
 
-def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Writes images [b, 3, h, w] in [-1, 1] as one PNG, by default about as wide as high."""
+def save_grid(images: Tensor | Images, path: Path, columns: int | None = None) -> None:
+    """Writes images, [b, 3, h, w] in [-1, 1] or uint8 [b, h, w, 3], as one PNG, by default about as wide as high."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _grid(images, columns or round(len(images) ** 0.5)).save(path)
+    pixels = to_uint8(images) if isinstance(images, Tensor) else images
+    _grid(pixels, columns or round(len(pixels) ** 0.5)).save(path)
 
 
 def animate_ways(ways: Tensor, path: Path) -> None:
     """Writes ways [r, steps, 3, h, w] as a GIF that goes along all of them at once, there and back."""
-    frames = [_grid(step, round(len(ways) ** 0.5)) for step in ways.unbind(1)]
+    frames = [_grid(to_uint8(step), round(len(ways) ** 0.5)) for step in ways.unbind(1)]
     _animate(frames + frames[-2:0:-1], path, milliseconds=120)
 
 
@@ -48,8 +49,9 @@ def _animate(frames: list[Image.Image], path: Path, milliseconds: int) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
-def _grid(images: Tensor, columns: int) -> Image.Image:
-    return Image.fromarray(to_uint8(make_grid(images.float().cpu(), columns, padding=2, pad_value=1)[None])[0])
+def _grid(images: Images, columns: int) -> Image.Image:
+    grid = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), columns, padding=2, pad_value=255)
+    return Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
 
 
 def side_by_side(first: Tensor, second: Tensor) -> Tensor:

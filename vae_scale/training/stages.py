@@ -65,8 +65,8 @@ class Stage(ABC):
         """The optimizer's groups of parameters."""
         return [{"params": [parameter for _, parameter in trained(self.model)]}]
 
-    def stepped(self, measured: Tensor) -> None:
-        """Called after each step with what was measured on the global batch."""
+    def stepped(self, measured: Tensor, taken: Tensor) -> None:
+        """Called after each step with what was measured on the global batch, and whether the step was `taken`: a scalar."""
         return
 
     def _source(self, images_seen: int, purpose: str) -> torch.Generator:
@@ -115,7 +115,10 @@ class VAEStage(Stage):
     def arguments(self, images_seen: int) -> tuple[Tensor, ...]:
         """Beta, and whether the critic is heard."""
         heard = float(images_seen >= self.config.objective.critic_start)
-        return torch.tensor([kl_weight(self.config.objective, images_seen), heard], device=self.device).unbind(0)
+        # Filled on the device: a copy from the host would wait for it.
+        return tuple(
+            torch.full((), value, device=self.device) for value in (kl_weight(self.config.objective, images_seen), heard)
+        )
 
     def groups(self) -> list[dict[str, Any]]:
         """The critic's gradients have no long memory (betas 0 and 0.9): what it has to find changes all the time."""
@@ -124,9 +127,9 @@ class VAEStage(Stage):
         own = [{"params": critic, "betas": (0.0, 0.9)}] if critic else []
         return [{"params": list(parameters.values())}, *own]
 
-    def stepped(self, measured: Tensor) -> None:
+    def stepped(self, measured: Tensor, taken: Tensor) -> None:
         """Moves the likelihood's scale."""
-        self.model.likelihood.follow(measured[3])
+        self.model.likelihood.follow(measured[3], taken)
 
     def logged(self, means: list[float], images_seen: int) -> tuple[dict[str, float], str]:
         """See `Stage`."""
@@ -196,8 +199,12 @@ class FlowStage(Stage):
     def labelled(self, draws: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
         """Adds the images' labels, some of them hidden."""
         assert self.model.flow is not None
-        label = self.labels[torch.from_numpy(rows).to(self.device)]
-        unknown = (label < 0) | (draws["hidden"] < self.config.prior.hide_label)
+        chosen = torch.from_numpy(rows)
+        if self.device.type == "cuda":
+            chosen = chosen.pin_memory()  # or the copy would wait for the device
+        label = self.labels[chosen.to(self.device, non_blocking=True)]
+        named = (label >= 0) & (label < self.model.flow.classes)  # WebDatasets of others have labels without names
+        unknown = ~named | (draws["hidden"] < self.config.prior.hide_label)
         return draws | {"label": label.masked_fill(unknown, self.model.flow.classes)}
 
     def logged(self, means: list[float], images_seen: int) -> tuple[dict[str, float], str]:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import json
 import math
 import sys
 import time
@@ -12,6 +13,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,18 +22,25 @@ from vae_scale.config import Config, as_dict, as_yaml, check_processes, check_re
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.storage import Cache
 from vae_scale.data.stream import Batch, Stream, default_window
-from vae_scale.errors import UserError
-from vae_scale.models.vae import VAE
+from vae_scale.errors import UserError, one_line
 from vae_scale.randomness import key
-from vae_scale.training import checkpoint, launching, pictures
+from vae_scale.training import checkpoint, compiling, launching, pictures, sharding
+from vae_scale.training.batch_size import largest_batch
+from vae_scale.training.consistency import check_same, fingerprint
 from vae_scale.training.ema import EMA
 from vae_scale.training.evaluation import Processes
-from vae_scale.training.objective import to_model
+from vae_scale.training.objective import Objective, to_model
+from vae_scale.training.resuming import changes
 from vae_scale.training.schedules import learning_rate
 from vae_scale.training.stages import FlowStage, Stage, VAEStage, trained
+from vae_scale.training.stopping import Stopping
 from vae_scale.training.tracking import Tracker
+from vae_scale.training.update import Update
 
 PICTURED = 32  # held-out images shown beside their reconstructions
+ENCODED = 64  # images at a time and process, before the batch's size is known
+REQUEUE = "requeue.json"  # in the run's folder, where a cluster stopped it and is to start it again
+MOST_LEFT_OUT = 30  # steps in a row; the search for fp16's scale leaves out fewer
 
 
 class Trainer:
@@ -46,8 +55,10 @@ class Trainer:
         self.accelerator: Accelerator = launching.start(config.train)
         self.device: torch.device = self.accelerator.device
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
-        check_processes(config, self.ranks)
-        shards = ShardSet.open(config.data.shards, Cache.configured(config.data.cache_dir, config.data.cache_gib))
+        if config.train.batch_size != "auto":
+            check_processes(config, self.ranks)
+        cache = Cache.configured(config.data.cache_dir, config.data.cache_gib)
+        shards = ShardSet.open(config.data.shards, cache, on_bad_shard=config.data.on_bad_shard)
         self.train_set = shards.select(*config.data.train_splits)
         self.test_set = shards.select(config.data.test)
 
@@ -61,22 +72,22 @@ class Trainer:
         self.stage = self._choose_stage()
         self.model = self.stage.model
         self.ema = EMA(self.model, config.train.ema)
-        self.optimizer = torch.optim.AdamW(
-            self.stage.groups(),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
         self.images_seen = 0
         # A run keeps its order of images, should its shards have moved to where another window is the default.
         self.window = config.data.window or default_window(self.train_set)
-        wandb_id = self._resume()
-        self.objective, self.stepper = self.accelerator.prepare(self.stage.objective, self.optimizer)
+        self.lock = self._lock()
+        wandb_id, moments = self._resume()
+        if config.train.batch_size == "auto":
+            self._find_batch_size()
+        self.objective = self._distributed(self.stage.objective)
+        self.update = Update(self.stage.groups(), config.optimizer, self.accelerator.scaler)
+        if moments:
+            self.update.load(trained(self.model), moments)
+        self.ema.follow(self.model)
         self.forward = self._compiled(self.objective)
         self.stream = Stream(
             self.train_set,
-            config.train.batch_size,
+            config.train.batch,
             config.seed,
             self.rank,
             self.ranks,
@@ -88,41 +99,78 @@ class Trainer:
             config.data.streams,
         )
         if self.accelerator.is_main_process:
-            config.folder.mkdir(parents=True, exist_ok=True)
             (config.folder / "config.yaml").write_text(as_yaml(config))
-        self.writer = checkpoint.Writer(config.folder, config.checkpoint.keep)
+        self.writer = checkpoint.Writer(config.folder, config.checkpoint.keep, config.checkpoint.keep_every)
         self.tracker = Tracker(config, self.images_seen, wandb_id) if self.accelerator.is_main_process else None
-        self.sums = torch.zeros(self.stage.measured + 1, device=self.device)
+        self.sums = torch.zeros(self.stage.measured + 2, device=self.device)
+        self.stopping = Stopping(self.device)
+        # How many steps in a row were left out up to now, and the images seen before the first of them.
+        self.left_out = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.evaluated_at = -1
 
     def _choose_stage(self) -> Stage:
         config = self.config
         if config.prior.vae is not None:
-            return FlowStage(config, self.device, self.train_set, config.train.batch_size // self.ranks, self.processes)
+            batch = ENCODED if config.train.batch_size == "auto" else config.train.batch // self.ranks
+            return FlowStage(config, self.device, self.train_set, batch, self.processes)
         check_resolution(config.model, self.train_set.image_shape)
         return VAEStage(config, self.device, self.train_set)
+
+    def _find_batch_size(self) -> None:
+        config = self.config
+        pieces = self.ranks * config.train.accumulation
+        config.train.batch_size = largest_batch(
+            self.stage,
+            self.train_set.image_shape,
+            math.lcm(pieces, config.data.streams),
+            len(self.train_set),
+            pieces,
+            self.accelerator.autocast,
+            self.processes,
+        )
+        self._say(f"train.batch_size auto: {config.train.batch:,} images")
+
+    def _distributed(self, objective: Objective) -> Any:
+        """The objective, whose gradients are those of all processes."""
+        if sharding.wanted():
+            return sharding.shard(objective, self.device, self.ranks)
+        return self.accelerator.prepare(objective)
 
     def run(self) -> None:
         """Trains until `train.images` images were seen."""
         config = self.config
         if self.images_seen >= config.train.images:
             self._say(f"{config.folder} has seen {self.images_seen:,} images already; raise train.images to go on")
-        with self._progress() as bar:
+        with self.stopping, self._progress() as bar, compiling.shown(bar.set_postfix_str):
             self._begin_interval()
             for batch in self._batches():
                 self._advance(batch, bar)
+                if self.stopping.agreed:
+                    break
             self.writer.wait()
         if self.tracker:
             self.tracker.close()
+        if self.stopping.agreed:
+            self._leave()
         self.accelerator.end_training()
+        self.lock.release()
+
+    def _leave(self) -> None:
+        """Tells whoever may start the run again how far it came."""
+        if self.stopping.preempted and self.accelerator.is_main_process:
+            (self.config.folder / REQUEUE).write_text(json.dumps({"images_seen": self.images_seen}) + "\n")
+        self._say(f"stopped by a signal at {self.images_seen:,} images, which are saved; to go on, run the same command again")
 
     def _advance(self, batch: Batch, bar: "tqdm[Any]") -> None:
-        """One step, and what is due after it."""
+        """One step, and what is due after it: only a checkpoint, where the run has to stop."""
         config = self.config
         self._step(batch)
-        before, self.images_seen = self.images_seen, self.images_seen + config.train.batch_size
-        bar.update(config.train.batch_size)
-        if self._due(config.train.log_every * config.train.batch_size, before):
+        before, self.images_seen = self.images_seen, self.images_seen + config.train.batch
+        bar.update(config.train.batch)
+        if self.stopping.agreed:
+            self._save()
+            return
+        if self._due(config.train.log_every * config.train.batch, before):
             self._log(bar)
         if self._due(config.evaluate.every, before):
             self._evaluate(bar)
@@ -144,15 +192,22 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         """One optimizer step on a global batch, of which this process has its share."""
         config = self.config
-        lr = learning_rate(config.optimizer, self.images_seen, config.train.images)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         measured = self._gradients(batch.images, self._draws(batch), self.stage.arguments(self.images_seen))
-        norm = self._update()
-        measured = self.accelerator.reduce(measured, "mean")
-        self.stage.stepped(measured)
-        self.ema.update(self.images_seen // config.train.batch_size + 1)
-        self.sums += torch.cat([measured, norm.reshape(1)])
+        norm, taken = self.update.step(learning_rate(config.optimizer, self.images_seen, config.train.images))
+        total = self.accelerator.reduce(torch.cat([measured, self.stopping.said()]), "sum")
+        measured = total[:-1] / self.ranks
+        self.stopping.heard(total[-1:])
+        self.stage.stepped(measured, taken)
+        self.ema.update(self.images_seen // config.train.batch + 1)
+        self._count(measured, norm, taken)
+
+    def _count(self, measured: Tensor, norm: Tensor, taken: Tensor) -> None:
+        """Adds to what the next log line tells, without waiting for the device."""
+        values = torch.cat([measured, torch.stack([norm, torch.ones_like(norm)])])
+        self.sums += torch.where(taken, values, 0)
+        row, first = self.left_out.unbind()
+        first = torch.where(row > 0, first, self.images_seen)
+        self.left_out = torch.where(taken, 0, torch.stack([row + 1, first]))
 
     def _gradients(self, images: Tensor, draws: dict[str, Tensor], arguments: tuple[Tensor, ...]) -> Tensor:
         """Gradients of the loss of this process's images, taken in pieces; returns what was measured."""
@@ -164,25 +219,26 @@ class Trainer:
             drawn = {name: numbers[part] for name, numbers in draws.items()}
             last = piece == pieces - 1
             # Gradients of all processes are averaged with the last piece only.
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
-                loss, values = self.forward(images[part], drawn, *arguments)
+            with self._exchange(last):
+                with self.accelerator.autocast():
+                    loss, values = self.forward(images[part], drawn, *arguments)
                 self.accelerator.backward(loss / pieces)
             measured += values / pieces
         return measured
 
-    def _update(self) -> Tensor:
-        """Moves the weights along the gradients, once these are clipped; returns their norm: a scalar."""
-        limit = self.config.optimizer.clip or float("inf")
-        norm, *_ = [self.accelerator.clip_grad_norm_(group["params"], limit) for group in self.stepper.param_groups]
-        self.stepper.step()
-        self.stepper.zero_grad(set_to_none=True)
-        return norm
+    def _exchange(self, now: bool) -> contextlib.AbstractContextManager[None]:
+        """Within it, whether a backward pass averages the gradients of all processes."""
+        if sharding.wanted():
+            self.objective.set_requires_gradient_sync(now)
+        elif not now:
+            return self.accelerator.no_sync(self.objective)
+        return contextlib.nullcontext()
 
     def _draws(self, batch: Batch) -> dict[str, Tensor]:
         """This process's share of the global batch's random numbers, so that any number of processes draws the same."""
-        share = self.config.train.batch_size // self.ranks
+        share = self.config.train.batch // self.ranks
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        drawn = self.stage.draws(self.images_seen, self.config.train.batch_size)
+        drawn = self.stage.draws(self.images_seen, self.config.train.batch)
         return self.stage.labelled({name: numbers[mine] for name, numbers in drawn.items()}, batch.rows)
 
     def _begin_interval(self) -> None:
@@ -193,19 +249,18 @@ class Trainer:
     def _log(self, bar: "tqdm[Any]") -> None:
         """Means over the steps since the last call. The only place where the loop waits for the device."""
         began, seen = self.interval
-        steps = (self.images_seen - seen) // self.config.train.batch_size
-        *means, norm = (self.sums / steps).tolist()
+        *sums, norm, taken = self.sums.tolist()
+        self._check_left_out()
         seconds = time.perf_counter() - began
-        if not math.isfinite(means[0]):
-            raise UserError(
-                f"the loss became {means[0]} by image {self.images_seen:,}; lower optimizer.lr or optimizer.clip, or use "
-                "train.precision fp32, and run again: training goes on from the last checkpoint"
-            )
         config, speed = self.config, (self.images_seen - seen) / seconds
-        values, shown = self.stage.logged(means, self.images_seen)
+        values: dict[str, float] = {}
+        shown = "all steps left out"
+        if taken:
+            values, shown = self.stage.logged([part / taken for part in sums], self.images_seen)
+            values["train/grad_norm"] = norm / taken
         values |= {
             "train/lr": learning_rate(config.optimizer, self.images_seen, config.train.images),
-            "train/grad_norm": norm,
+            "train/left_out": (self.images_seen - seen) // config.train.batch - taken,
             "train/epoch": self.images_seen / len(self.train_set),
             "speed/images_per_second": speed,
             "data/wait_share": self.stream.wait_seconds / seconds,
@@ -216,18 +271,45 @@ class Trainer:
             self.tracker.log(self.images_seen, values)
         self._begin_interval()
 
+    def _check_left_out(self) -> None:
+        """Stops a run whose steps are all left out, and tells where that began."""
+        steps, first = self.left_out.tolist()
+        if steps < MOST_LEFT_OUT:
+            return
+        held = self.train_set.names(self.stream.plan.rows(first))
+        told = self.config.folder / "left_out.json"
+        if self.accelerator.is_main_process:
+            told.write_text(json.dumps({"images_seen": first, "images": held}, indent=2))
+        saved = checkpoint.checkpoints(self.config.folder)
+        raise UserError(
+            f"{steps} steps in a row were left out, from step {first // self.config.train.batch + 1:,} "
+            f"(image {first:,}) on: their gradients were not finite, or longer than optimizer.skip; lower optimizer.lr, or use "
+            "train.precision fp32, and run again: training goes on from "
+            f"{saved[-1] if saved else 'the start, as there is no checkpoint yet'}. The first of these batches held "
+            f"{', '.join(held[:3])}, ... (all in {told})"
+        )
+
     def _evaluate(self, bar: "tqdm[Any]") -> None:
         """Measures the averaged model on held-out images, and draws reconstructions and samples."""
-        share = self.config.train.batch_size // self.ranks // self.config.train.accumulation
+        self.ema.gather()
+        share = self.config.train.batch // self.ranks // self.config.train.accumulation
         with self.accelerator.autocast():
             found = self.stage.evaluate(self.ema.model, self.test_set, share, self.processes)
         self.evaluated_at = self.images_seen
+        missing = self._missing()
         if self.tracker:
-            self.tracker.log(self.images_seen, {f"eval/{name}": value for name, value in found.items()})
+            self.tracker.log(self.images_seen, {f"eval/{name}": value for name, value in found.items()} | missing)
             told = ", ".join(f"{name} {value:,.3f}" for name, value in found.items())
             bar.write(f"{self.images_seen:,} images: held-out {told}", file=sys.stderr)
             self._draw(self.tracker)
         self._begin_interval()
+
+    def _missing(self) -> dict[str, float]:
+        """How many images of bad shards all processes had replaced since they began, if such shards are skipped."""
+        if self.train_set.missing is None:
+            return {}
+        count = torch.tensor(self.train_set.missing.images, device=self.device)
+        return {"data/missing_images": int(self.processes.add_up(count))}
 
     def _draw(self, tracker: Tracker) -> None:
         folder, model = self.config.folder / "samples", self.ema.model
@@ -246,16 +328,16 @@ class Trainer:
 
     def _save(self) -> None:
         """Hands a checkpoint to the writer, once all processes are found to hold the same weights."""
-        fingerprints = self.accelerator.gather(_fingerprint(self.model)[None])
-        if not bool((fingerprints == fingerprints[0]).all()):
-            raise RuntimeError(f"processes differ in their weights after {self.images_seen} images: {fingerprints.tolist()}")
+        self.ema.gather()
+        tensors = {
+            "model": {name: sharding.whole(value) for name, value in self.model.state_dict().items()},
+            "ema": self.ema.model.state_dict(),
+            "optimizer": {name: sharding.whole(value) for name, value in self.update.tensors(trained(self.model))},
+        }
+        fingerprints = self.accelerator.gather(fingerprint(tensors["model"].values())[None])
+        check_same(fingerprints, self.images_seen)
         if not self.tracker:
             return
-        optimizer = {
-            f"{part}.{name}": value
-            for name, parameter in trained(self.model)
-            for part, value in self.optimizer.state[parameter].items()
-        }
         scaler = self.accelerator.scaler
         state = {
             "images_seen": self.images_seen,
@@ -268,48 +350,68 @@ class Trainer:
             "config": as_dict(self.config),
             "versions": {"vae_scale": __version__, "torch": torch.__version__},
         }
-        tensors = {"model": self.model.state_dict(), "ema": self.ema.model.state_dict(), "optimizer": optimizer}
         mixture = self.ema.model.mixture
         fresh = self.evaluated_at == self.images_seen or not self.stage.fits_mixture
         if mixture and fresh:  # one fitted to older weights would mislead
             tensors["mixture"] = vars(mixture)
         self.writer.save(self.images_seen, tensors, state, self.model.describe())
 
-    def _resume(self) -> str | None:
-        """Goes on from the newest whole checkpoint, if there is one; returns its wandb run's id."""
+    def _lock(self) -> FileLock:
+        """Keeps other runs out of this run's folder, until this process ends.
+
+        Raises:
+            UserError: another run is in it.
+        """
+        folder = self.config.folder
+        lock, mine = FileLock(folder / ".lock"), True
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+                (folder / REQUEUE).unlink(missing_ok=True)
+            except Timeout:
+                mine = False
+        if not int(broadcast(torch.tensor(int(mine), device=self.device))):
+            raise UserError(f"{folder}: is being trained by another process; stop that one, or choose another --run")
+        return lock
+
+    def _resume(self) -> tuple[str | None, dict[str, Tensor]]:
+        """Goes on from the newest whole checkpoint, if there is one; returns its wandb run's id and the optimizer's state."""
         found = checkpoint.newest(self.config.folder) if self.accelerator.is_main_process else None
         # Rank 0 decides, so that all go on from the same one.
         images = torch.tensor(-1 if found is None else checkpoint.images_of(found), device=self.device)
         images_seen = int(broadcast(images))
         if images_seen < 0:
-            return None
+            return None, {}
         folder = checkpoint.folder_of(self.config.folder, images_seen)
         state, tensors = checkpoint.load(folder, "model", "ema", "optimizer")
-        was, now = _fixed(state["config"]), _fixed(as_dict(self.config))
-        if different := sorted(name for name, value in now.items() if was.get(name, value) != value):
-            raise UserError(f"{folder}: was trained with another {', '.join(different)}; choose another --run")
+        if self.config.train.batch_size == "auto":
+            self.config.train.batch_size = state["config"]["train"]["batch_size"]
+            check_processes(self.config, self.ranks)
+        changed = changes(state["config"], as_dict(self.config), folder)
         if state["shards"] != self.train_set.fingerprint:
             raise UserError(f"{folder}: was trained on other shards than {self.train_set.location}; choose another --run")
-        self.model.load_state_dict(tensors["model"])
-        self.ema.model.load_state_dict(tensors["ema"])
-        for name, parameter in trained(self.model):
-            for part in ("step", "exp_avg", "exp_avg_sq"):
-                saved = tensors["optimizer"][f"{part}.{name}"]
-                like = parameter.detach() if saved.ndim else torch.zeros((), device=self.device)
-                self.optimizer.state[parameter][part] = torch.empty_like(like).copy_(saved)
+        if unlike := checkpoint.unlike(trained(self.model), tensors["optimizer"]):
+            raise UserError(f"{folder}: optimizer.safetensors has no {unlike} of this network; delete it to use the one before")
+        try:
+            self.model.load_state_dict(tensors["model"])
+            self.ema.model.load_state_dict(tensors["ema"])
+        except RuntimeError as error:
+            raise UserError(
+                f"{folder}: not of this network ({one_line(error):.200}); delete it to use the one before"
+            ) from None
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.images_seen, self.window = images_seen, state.get("window", self.window)
         self._say(f"resuming {self.config.folder} at {self.images_seen:,} images")
-        return state["wandb_id"]
+        if changed:
+            self._say(f"resuming with {', '.join(changed)}")
+        return state["wandb_id"], tensors["optimizer"]
 
     def _compiled(self, objective: Any) -> Any:
         wanted = self.config.train.compile
         on = wanted == "on" or (wanted == "auto" and self.device.type == "cuda")
-        if not on:
-            return objective
-        self._say("compiling; the first step takes a minute or two")
-        return torch.compile(objective)
+        return compiling.compiled(objective) if on else objective
 
     def _progress(self) -> "tqdm[Any]":
         return tqdm(
@@ -327,28 +429,10 @@ class Trainer:
         self.accelerator.print(text, flush=True)
 
 
-def _fixed(config: dict[str, Any]) -> dict[str, Any]:
-    """The options that a run cannot change on its way: its network, and what decides the order of images."""
-    network = {f"model.{name}": value for name, value in config["model"].items()}
-    order = {f"data.{name}": config["data"][name] for name in ("train", "window", "streams")}
-    flow = {
-        f"prior.{name}": config["prior"][name] for name in ("width", "depth", "patch") if config["prior"]["vae"] is not None
-    }
-    return network | order | flow | {"seed": config["seed"], "prior.vae": config["prior"]["vae"] is not None}
-
-
 def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return float(psutil.Process().memory_info().rss)
-
-
-@torch.no_grad()
-def _fingerprint(model: VAE) -> Tensor:
-    """A number that differs wherever a single bit of the weights does, in practice: int64 scalar."""
-    sums = [(part.contiguous().view(torch.int32).long() * 1_000_003).sum() for part in model.parameters()]
-    places = torch.arange(1, len(sums) + 1, device=sums[0].device)
-    return (torch.stack(sums) * places).sum()
 
 
 def train(config: Config) -> None:

@@ -1,0 +1,176 @@
+"""Predictions of speed on many GPUs follow the formula, and two processes here are measured beside them."""
+
+import json
+import math
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vae_scale.bench import main
+from vae_scale.benchmark import scaling, two_processes
+from vae_scale.benchmark.scaling import Cluster, Job, Link, exchange, latest, predict
+from vae_scale.config import parse
+
+ROOT = Path(__file__).parent.parent
+SCALING = ROOT / "launch" / "SCALING.md"
+
+instant = Link(math.inf, 0.0)
+links = st.builds(Link, st.floats(1e8, 1e12), st.floats(0, 1e-3))
+shares = st.floats(0, 1)
+clusters = st.builds(
+    Cluster,
+    st.sampled_from([1, 2, 8]),
+    links,
+    links,
+    shares,
+    st.floats(10, 1e6),
+    st.one_of(st.just(math.inf), st.floats(1e6, 1e12)),
+)
+jobs = st.builds(
+    Job,
+    st.floats(1e-4, 10),
+    st.integers(1, 512),
+    st.integers(1, 10**10),
+    st.floats(0, 1e-6),
+    st.floats(0, 0.3),
+    st.sampled_from([1, 4, 512]),
+)
+numbers = st.sampled_from(scaling.GPUS)
+
+
+def test_a_ring_within_a_machine_computed_by_hand() -> None:
+    cluster = Cluster(4, Link(1e9, 1e-5), instant)
+    # 2 * 3 messages of each of 2 parts, and in each direction 3 quarters of 8 MB: 2 * 6 * 10 us + 2 * 6 ms.
+    assert exchange(4, 8e6, 2, cluster) == pytest.approx(2 * 6 * 1e-5 + 2 * 6e-3)
+
+
+def test_machines_of_one_gpu_need_twice_the_logarithm_of_their_number_in_messages() -> None:
+    cluster = Cluster(1, instant, Link(1e9, 1e-5))
+    assert exchange(8, 8e6, 1, cluster) == pytest.approx(2 * 3 * 1e-5 + 2 * 7 / 8 * 8e-3)
+
+
+def test_a_step_computed_by_hand() -> None:
+    cluster = Cluster(2, Link(1e9, 0.0), instant, overlap=1.0)
+    # Four buckets take 25 MiB / 1 GB/s each. The backward pass of 60 ms hides two of them and a part of the third.
+    found = predict(2, Job(0.09, 16, 4 * scaling.BUCKET), cluster)
+    bucket = scaling.BUCKET / 1e9
+    assert found.exchange_seconds == pytest.approx(4 * bucket)
+    assert found.lost["exchange"] == pytest.approx(bucket + 3 * bucket - 0.06)
+    assert found.step_seconds == pytest.approx(0.09 + 4 * bucket - 0.06)
+    assert found.limit == "exchange"
+
+
+@given(jobs, clusters, numbers)
+def test_efficiency_is_a_share(job: Job, cluster: Cluster, gpus: int) -> None:
+    found = predict(gpus, job, cluster)
+    assert 0 < found.efficiency <= 1 + 1e-9
+    assert all(seconds >= -1e-12 for seconds in found.lost.values())
+    assert found.images == gpus * job.images
+
+
+@given(jobs, clusters)
+def test_one_gpu_loses_nothing_but_to_a_slow_loader(job: Job, cluster: Cluster) -> None:
+    alone = predict(1, job, replace(cluster, loader=math.inf, storage=math.inf))
+    assert alone.efficiency == 1.0
+    assert alone.limit == "-"
+    starved = predict(1, job, replace(cluster, loader=job.images / job.step_seconds / 2, storage=math.inf))
+    assert starved.step_seconds == pytest.approx(2 * job.step_seconds)
+    assert starved.limit == "loader"
+
+
+@given(jobs, clusters, numbers, st.floats(1, 100))
+def test_more_to_exchange_or_slower_links_never_help(job: Job, cluster: Cluster, gpus: int, factor: float) -> None:
+    seconds = predict(gpus, job, cluster).step_seconds
+    more = replace(job, gradient_bytes=math.ceil(factor * job.gradient_bytes))
+    assert predict(gpus, more, cluster).step_seconds >= seconds * (1 - 1e-9)
+    for name in ("link", "network"):
+        link = getattr(cluster, name)
+        slower = replace(cluster, **{name: Link(link.bytes_per_second / factor, link.seconds)})
+        assert predict(gpus, job, slower).step_seconds >= seconds * (1 - 1e-9)
+
+
+@given(jobs, numbers)
+def test_without_costs_a_step_takes_as_long_as_on_one_gpu(job: Job, gpus: int) -> None:
+    found = predict(gpus, replace(job, draw_seconds=0.0, deviation=0.0), Cluster(8, instant, instant))
+    assert found.efficiency == 1.0
+
+
+def test_each_machine_reads_all_shards_unless_there_are_streams() -> None:
+    cluster = Cluster(8, instant, instant, storage=1e9)
+    job = Job(1e-3, 100, 1)
+    read = 1024 * 100 * 96 * 96 * 3 / 1e9
+    assert predict(1024, job, cluster).step_seconds == pytest.approx(128 * read)
+    assert predict(1024, replace(job, streams=128), cluster).step_seconds == pytest.approx(read)
+    assert predict(1024, job, cluster).limit == "storage"
+
+
+def test_the_latest_of_many() -> None:
+    assert latest(1) == 0
+    assert latest(2) == pytest.approx(1 / math.sqrt(math.pi), abs=0.03)
+    assert latest(1000) == pytest.approx(3.241, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["demo", "small"])
+def test_sizes_are_those_of_the_network(name: str) -> None:
+    from vae_scale.models.networks import build
+
+    config = parse([f"--config={ROOT / 'configs' / name}.yaml"])[0]
+    found, model = scaling.size(config), build(config.model, 96)
+    assert found.parameters == sum(part.numel() for part in model.parameters() if part.requires_grad)
+    assert found.latents == math.prod(model.latent_shape)
+    assert found.flops > 3 * 96 * 96
+
+
+def test_the_tables_of_the_document_are_what_their_commands_print(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = SCALING.read_text()
+    commands = re.findall(r"^    python -m vae_scale\.bench (scaling .*--(?:tflops|step-ms).*)$", text, re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        main(shlex.split(command))
+        printed = capsys.readouterr().out.strip()
+        assert f"    python -m vae_scale.bench {command}\n\n{printed}\n" in text, command
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--tflops=100", "--gpus-per-node=3", "--config=configs/stl10.yaml"], "--gpus-per-node is 3; it must divide"),
+        (["--step-ms=5", "--tflops=100"], "not allowed with argument"),
+        (["--tflops=100", "--prior.vae=runs/x"], "prior.vae is set"),
+        (["--train.batch_size=3", "--data.shards=nowhere"], "train.batch_size is 3; two processes share it"),
+        (["--train.batch_size=4", "--data.shards=nowhere"], "a process ended: data.shards nowhere"),
+    ],
+)
+def test_what_cannot_be_said_is_told_in_one_line(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        main(["scaling", *words])
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_two_processes_are_measured_beside_two_alone(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(two_processes, "SECONDS", 0.1)
+    main(["scaling", f"--data.shards={shards}", *TINY, "--repeats=2", "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == [two_processes.ALONE, two_processes.TOGETHER]
+    assert all(len(row["runs"]) == 2 and min(row["runs"]) > 0 for row in report["rows"])
+    assert set(report["ratios"]) == {"two_process_efficiency", "predicted_efficiency"}
+    assert report["ratios"]["two_process_efficiency"] > 0
+    assert 0 < report["ratios"]["predicted_efficiency"] <= 1
+    assert report["job"]["images"] == 6
+    assert report["job"]["gradient_bytes"] > 0
+    assert report["link"]["bytes_per_second"] > 0
+    assert "together it should be longer by" in capsys.readouterr().out
