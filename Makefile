@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = runs/demo
 MINUTES ?= 30
+KILLS ?= 50
 
-.PHONY: demo quality test check clean
+.PHONY: demo quality soak test check clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m vae_scale.pack --source photos --out data/demo
@@ -23,6 +24,13 @@ demo: $(VENV)/demo
 quality: $(VENV)/quality
 	@test -n "$(PHOTOS)" || { echo "error: make quality PHOTOS=DIR, a folder of binaries in STL-10's layout" >&2; exit 2; }
 	$(BIN)/python tests/quality.py --photos "$(PHOTOS)" --cpu-minutes $(MINUTES)
+
+# Kills runs again and again and checks that nothing is lost; half an hour or more.
+soak: $(VENV)/dev
+	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 1 --precision fp32
+	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 1 --precision bf16
+	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 2 --precision fp32
+	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 2 --precision bf16
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest

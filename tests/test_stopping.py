@@ -76,7 +76,9 @@ def test_sigterm_saves_leaves_and_marks_and_the_next_run_goes_on_from_there(shar
     images = saved(tmp_path)
     assert f"stopped by a signal at {images:,} images" in told
     assert json.loads((tmp_path / "requeue.json").read_text()) == {"images_seen": images}
-    assert images == json.loads((tmp_path / METRICS).read_text().splitlines()[-1])["images"] + 12
+    assert (
+        images == json.loads((tmp_path / METRICS).read_text().splitlines()[-1])["images"]
+    )  # what was measured until then is told, too
     told = train(1, *options, f"--train.images={images + 24}")
     assert f"resuming {tmp_path} at {images:,} images" in told
     assert not (tmp_path / "requeue.json").exists()

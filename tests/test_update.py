@@ -14,7 +14,7 @@ from conftest import TINY
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from launch import FSDP2, losses, train
+from launch import DDP, FSDP2, losses, train
 from vae_scale.config import OptimizerConfig, parse
 from vae_scale.errors import UserError
 from vae_scale.training import checkpoint
@@ -162,15 +162,15 @@ def test_too_many_in_a_row_stop_the_run_and_tell_what_was_in_the_first(
     assert f"training goes on from {checkpoint.newest(tmp_path)}" in str(error.value)
 
 
-def test_fsdp2_trains_saves_and_resumes_as_ddp_does(shards: Path, tmp_path: Path) -> None:
+def test_fsdp2_trains_saves_and_resumes_as_ddp_does_and_ddp_goes_on_from_it(shards: Path, tmp_path: Path) -> None:
     words = [f"--data.shards={shards}", *TINY, "--track.tracker=none", "--train.log_every=1", "--train.accumulation=2"]
     words += ["--optimizer.schedule=constant"]
-    train(2, *words, f"--run={tmp_path / 'ddp'}", "--train.images=60", "--checkpoint.every=36")
-    for images in (36, 60):
-        told = train(2, *words, f"--run={tmp_path / 'fsdp2'}", f"--train.images={images}", config=FSDP2)
-    assert "at 36 images" in told
-    assert losses(tmp_path / "fsdp2") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-5)
-    folders = [checkpoint.newest(tmp_path / name) for name in ("ddp", "fsdp2")]
+    train(2, *words, f"--run={tmp_path / 'ddp'}", "--train.images=60")
+    for images, config in ((24, FSDP2), (48, FSDP2), (60, DDP)):
+        told = train(2, *words, f"--run={tmp_path / 'both'}", f"--train.images={images}", config=config)
+    assert "at 48 images" in told
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-5)
+    folders = [checkpoint.newest(tmp_path / name) for name in ("ddp", "both")]
     for part in ("model", "ema", "optimizer"):
         ours, theirs = (checkpoint.load(folder, part)[1][part] for folder in folders if folder)
         assert ours.keys() == theirs.keys()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vae_scale.models.vae import VAE
 
 PICTURED = 1024  # samples in the picture, at most, where each is written as a file, too
-COMPILED_FROM = 4096  # samples of a process; a GPU draws fewer in the time that compiling takes
+COMPILED_FROM = 4096  # samples of a process; fewer are drawn sooner than compiled (a guess, not measured on a GPU)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """Whether all processes hold the same weights."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -9,24 +10,28 @@ from vae_scale.errors import UserError
 
 
 def check_same(prints: Tensor, images_seen: int) -> None:
-    """Refuses to go on where the fingerprints of the processes, [processes], are not all those of most of them.
+    """Refuses to go on where the fingerprints of the processes, [processes], are not all the same.
 
     Raises:
-        UserError: naming the processes that differ.
+        UserError: naming the processes that differ from most, or all where no two agree.
     """
-    usual = prints.mode().values
-    odd = [str(rank) for rank, mine in enumerate(prints.tolist()) if mine != usual]
-    if odd:
+    mine = prints.tolist()
+    (usual, times), *_ = Counter(mine).most_common(1)
+    odd = [str(rank) for rank, number in enumerate(mine) if number != usual or times == 1]
+    if times < len(mine):
         raise UserError(
-            f"processes differ in their weights after {images_seen} images: rank {', '.join(odd)} from the others; nothing was "
-            "saved. Run again: training goes on from the last checkpoint. If it happens again, that machine's memory or "
-            "GPU may be faulty"
+            f"processes differ in their weights after {images_seen} images: rank {', '.join(odd)}; nothing was saved. Run "
+            "again: training goes on from the last checkpoint. If it happens again, memory or a GPU may be faulty there"
         )
 
 
 @torch.no_grad()
 def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
     """A number that differs wherever a single bit of some fp32 tensors does, in practice: int64 scalar."""
-    sums = [(part.contiguous().view(torch.int32).long() * 1_000_003).sum() for part in tensors]
-    places = torch.arange(1, len(sums) + 1, device=sums[0].device)
-    return (torch.stack(sums) * places).sum()
+    return _weighted(torch.stack([_weighted(part.contiguous().view(torch.int32).flatten()) for part in tensors]))
+
+
+def _weighted(numbers: Tensor) -> Tensor:
+    """The sum of some numbers, each times an odd one that depends on its place, so that the order counts."""
+    places = torch.arange(len(numbers), device=numbers.device)
+    return (numbers * (2 * places + 1_000_003)).sum()

@@ -36,6 +36,7 @@ from vae_scale.training.stages import FlowStage, Stage, VAEStage, trained
 from vae_scale.training.stopping import Stopping
 from vae_scale.training.tracking import Tracker
 from vae_scale.training.update import Update
+from vae_scale.training.watch import Pace, Watch
 
 PICTURED = 32  # held-out images shown beside their reconstructions
 ENCODED = 64  # images at a time and process, before the batch's size is known
@@ -73,6 +74,8 @@ class Trainer:
         self.model = self.stage.model
         self.ema = EMA(self.model, config.train.ema)
         self.images_seen = 0
+        # For the next log line: what was measured, the gradient's norm, steps taken and steps left out.
+        self.sums = torch.zeros(self.stage.measured + 3, device=self.device)
         # A run keeps its order of images, should its shards have moved to where another window is the default.
         self.window = config.data.window or default_window(self.train_set)
         self.lock = self._lock()
@@ -102,8 +105,8 @@ class Trainer:
             (config.folder / "config.yaml").write_text(as_yaml(config))
         self.writer = checkpoint.Writer(config.folder, config.checkpoint.keep, config.checkpoint.keep_every)
         self.tracker = Tracker(config, self.images_seen, wandb_id) if self.accelerator.is_main_process else None
-        self.sums = torch.zeros(self.stage.measured + 2, device=self.device)
         self.stopping = Stopping(self.device)
+        self.watch, self.pace = Watch(self.rank, self.ranks, config.train.timeout), Pace(self.device)
         # How many steps in a row were left out up to now, and the images seen before the first of them.
         self.left_out = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.evaluated_at = -1
@@ -143,17 +146,22 @@ class Trainer:
             self._say(f"{config.folder} has seen {self.images_seen:,} images already; raise train.images to go on")
         with self.stopping, self._progress() as bar, compiling.shown(bar.set_postfix_str):
             self._begin_interval()
-            for batch in self._batches():
-                self._advance(batch, bar)
-                if self.stopping.agreed:
-                    break
+            with self.watch:
+                for batch in self._batches():
+                    self._advance(batch, bar)
+                    if self._leaving():
+                        break
             self.writer.wait()
         if self.tracker:
             self.tracker.close()
-        if self.stopping.agreed:
+        if self._leaving():
             self._leave()
         self.accelerator.end_training()
         self.lock.release()
+
+    def _leaving(self) -> bool:
+        """Whether a signal ends the run before its time."""
+        return self.stopping.agreed and self.images_seen < self.config.train.images
 
     def _leave(self) -> None:
         """Tells whoever may start the run again how far it came."""
@@ -164,18 +172,20 @@ class Trainer:
     def _advance(self, batch: Batch, bar: "tqdm[Any]") -> None:
         """One step, and what is due after it: only a checkpoint, where the run has to stop."""
         config = self.config
+        self.watch.mark(f"the step after {self.images_seen:,} images")
         self._step(batch)
         before, self.images_seen = self.images_seen, self.images_seen + config.train.batch
         bar.update(config.train.batch)
-        if self.stopping.agreed:
-            self._save()
-            return
         if self._due(config.train.log_every * config.train.batch, before):
             self._log(bar)
+        if self._leaving():
+            self._save()
+            return
         if self._due(config.evaluate.every, before):
             self._evaluate(bar)
         if self._due(config.checkpoint.every, before):
             self._save()
+        self.watch.mark(f"the wait for the batch after {self.images_seen:,} images")
 
     def _due(self, every: int, before: int) -> bool:
         """Whether a multiple of `every` images, or the end, came with the last step."""
@@ -203,8 +213,8 @@ class Trainer:
 
     def _count(self, measured: Tensor, norm: Tensor, taken: Tensor) -> None:
         """Adds to what the next log line tells, without waiting for the device."""
-        values = torch.cat([measured, torch.stack([norm, torch.ones_like(norm)])])
-        self.sums += torch.where(taken, values, 0)
+        found = torch.where(taken, torch.cat([measured, norm[None]]), 0)
+        self.sums += torch.cat([found, taken[None], ~taken[None]])
         row, first = self.left_out.unbind()
         first = torch.where(row > 0, first, self.images_seen)
         self.left_out = torch.where(taken, 0, torch.stack([row + 1, first]))
@@ -220,7 +230,7 @@ class Trainer:
             last = piece == pieces - 1
             # Gradients of all processes are averaged with the last piece only.
             with self._exchange(last):
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), self.pace.timed():
                     loss, values = self.forward(images[part], drawn, *arguments)
                 self.accelerator.backward(loss / pieces)
             measured += values / pieces
@@ -242,14 +252,13 @@ class Trainer:
         return self.stage.labelled({name: numbers[mine] for name, numbers in drawn.items()}, batch.rows)
 
     def _begin_interval(self) -> None:
-        self.sums.zero_()
         self.stream.wait_seconds = 0.0
         self.interval = (time.perf_counter(), self.images_seen)
 
     def _log(self, bar: "tqdm[Any]") -> None:
         """Means over the steps since the last call. The only place where the loop waits for the device."""
         began, seen = self.interval
-        *sums, norm, taken = self.sums.tolist()
+        *sums, norm, taken, left_out = self.sums.tolist()
         self._check_left_out()
         seconds = time.perf_counter() - began
         config, speed = self.config, (self.images_seen - seen) / seconds
@@ -260,16 +269,24 @@ class Trainer:
             values["train/grad_norm"] = norm / taken
         values |= {
             "train/lr": learning_rate(config.optimizer, self.images_seen, config.train.images),
-            "train/left_out": (self.images_seen - seen) // config.train.batch - taken,
+            "train/left_out": left_out,
             "train/epoch": self.images_seen / len(self.train_set),
             "speed/images_per_second": speed,
             "data/wait_share": self.stream.wait_seconds / seconds,
             "speed/memory_bytes": _memory(self.device),
         }
+        self._name_straggler(bar)
         bar.set_postfix_str(f"{shown}, {speed:,.0f} images/s, waits {values['data/wait_share']:.1%}")
         if self.tracker:
             self.tracker.log(self.images_seen, values)
+        self.sums.zero_()
         self._begin_interval()
+
+    def _name_straggler(self, bar: "tqdm[Any]") -> None:
+        """Tells which process is slow by itself. What the others do meanwhile is to wait for it."""
+        own = torch.tensor([self.stream.wait_seconds + self.pace.seconds()], device=self.device)
+        if (told := self.pace.straggler(self.accelerator.gather(own).tolist())) and self.tracker:
+            bar.write(f"{self.images_seen:,} images: {told}", file=sys.stderr)
 
     def _check_left_out(self) -> None:
         """Stops a run whose steps are all left out, and tells where that began."""
@@ -291,6 +308,7 @@ class Trainer:
 
     def _evaluate(self, bar: "tqdm[Any]") -> None:
         """Measures the averaged model on held-out images, and draws reconstructions and samples."""
+        self.watch.mark(f"the evaluation after {self.images_seen:,} images")
         self.ema.gather()
         share = self.config.train.batch // self.ranks // self.config.train.accumulation
         with self.accelerator.autocast():
@@ -328,6 +346,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Hands a checkpoint to the writer, once all processes are found to hold the same weights."""
+        self.watch.mark(f"the checkpoint after {self.images_seen:,} images")
         self.ema.gather()
         tensors = {
             "model": {name: sharding.whole(value) for name, value in self.model.state_dict().items()},
@@ -347,6 +366,7 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler else None,
             "shards": self.train_set.fingerprint,
             "window": self.window,
+            "sums": self.sums.tolist(),
             "config": as_dict(self.config),
             "versions": {"vae_scale": __version__, "torch": torch.__version__},
         }
@@ -403,6 +423,7 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.images_seen, self.window = images_seen, state.get("window", self.window)
+        self.sums = torch.tensor(state.get("sums", self.sums.tolist()), device=self.device)
         self._say(f"resuming {self.config.folder} at {self.images_seen:,} images")
         if changed:
             self._say(f"resuming with {', '.join(changed)}")

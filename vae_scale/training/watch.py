@@ -56,6 +56,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._pause = min(timeout / HEARTBEATS, LONGEST)
         self._last = Heartbeat(0, 0, "the start", f"process {os.getpid()} on {socket.gethostname()}")
         self._closed = threading.Event()
+        self._store: TCPStore | None = None
 
     def mark(self, place: str) -> None:
         """Tells that this process gets further: it is at `place` now."""
@@ -100,7 +101,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         else:
             found = verdict(before, now, self._ranks)
             print(
-                f"error: no process got any further for {self._timeout:g} s (train.timeout): {found}; run the same command "
+                f"\nerror: no process got any further for {self._timeout:g} s (train.timeout): {found}; run the same command "
                 "again to go on from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
@@ -108,18 +109,25 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         os._exit(1)  # the main thread cannot be reached where it waits
 
     def _tell(self, number: int) -> None:
-        with contextlib.suppress(RuntimeError):  # a launcher that is gone; training goes on without
+        if self._store is None:
+            return
+        try:
             self._store.set(f"watch/{self._rank}", json.dumps(astuple(replace(self._last, number=number))))
+        except RuntimeError:  # the launcher is gone; training goes on without
+            self._store = None
 
     def _ask(self) -> dict[int, Heartbeat]:
         """The last heartbeat of each process; none where the store does not answer."""
         found: dict[int, Heartbeat] = {}
+        store = self._store
+        if store is None:
+            return found
 
         def ask() -> None:
             with contextlib.suppress(RuntimeError):
                 for rank in range(self._ranks):
-                    if self._store.check([f"watch/{rank}"]):
-                        found[rank] = Heartbeat(*json.loads(self._store.get(f"watch/{rank}")))
+                    if store.check([f"watch/{rank}"]):
+                        found[rank] = Heartbeat(*json.loads(store.get(f"watch/{rank}")))
 
         # The store can be with a process that is stopped, and would then be waited for, whatever its timeout.
         asking = threading.Thread(target=ask, daemon=True)
