@@ -1,9 +1,12 @@
 """Training, in the processes that users start."""
 
 import json
+import platform
+import resource
 import subprocess
 import time
 from collections import Counter
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -185,6 +188,19 @@ def test_the_seed_notebooks_vae_trains_here(shards: Path, tmp_path: Path) -> Non
         trainer._step(batch)
         step_losses.append(trainer.sums[0].item())
     assert sum(step_losses[-3:]) < sum(step_losses[:3])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_a_step_on_a_cpu_takes_its_memory_from_the_step_before(shards: Path, tmp_path: Path) -> None:
+    trainer = Trainer(parse(options(shards, tmp_path, "--train.images=1000000", "--train.log_every=1000"))[0])
+    with closing(trainer._batches()) as batches, trainer._progress() as bar:
+        for batch in islice(batches, 20):
+            trainer._advance(batch, bar)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for batch in islice(batches, 20):
+            trainer._advance(batch, bar)
+    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
+    assert faults < 300  # pages; 1,700 where memory is given back
 
 
 def test_the_silent_single_process_launch_is_refused(shards: Path, tmp_path: Path) -> None:

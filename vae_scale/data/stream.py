@@ -85,7 +85,6 @@ class Stream:
         self.device = torch.device(device)
         self.plan = Plan([shard.samples for shard in shards.shards], seed, batch, window or default_window(shards), streams)
         self._rank, self._ranks, self._prefetch = rank, ranks, prefetch
-        self._stands = np.arange(len(shards))  # the sample that is read for each, known where the whole set is
         self._resident = self._load() if cache == "device" else None
 
     def state_dict(self) -> dict[str, int]:
@@ -99,6 +98,7 @@ class Stream:
     def _load(self) -> Tensor:
         """The whole set on the device, shard by shard: uint8 [images, H, W, 3]."""
         resident = torch.empty((len(self.shards), *self.shards.image_shape), dtype=torch.uint8, device=self.device)
+        self._stands = np.arange(len(self.shards))  # the sample that was read for each
         starts = self.shards.starts.tolist()
         with Reader(self.shards) as reader:
             for number, (start, stop) in enumerate(itertools.pairwise(starts)):

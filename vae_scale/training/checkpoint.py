@@ -154,7 +154,7 @@ class Writer:
         """Copies everything where it is, in a GPU's memory or in the host's, and does the rest in the background."""
         with contextlib.suppress(UserError):  # said already, and this one makes up for it
             self.wait()
-        # Contiguous here and not in the thread: on a CPU its copies would have threads of their own, and with more of these than
+        # Contiguous here, not in the thread: on a CPU its copies would have threads of their own, and with more of these than
         # cores OpenMP lets none of them wait awake any more, which makes all later steps twice as long.
         copies = {
             name: {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in part.items()}
