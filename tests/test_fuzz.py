@@ -35,7 +35,7 @@ from vae_scale.models.networks import build
 from vae_scale.models.vae import VAE
 from vae_scale.pack import main as pack
 from vae_scale.training import checkpoint
-from vae_scale.training.tracking import _reopen
+from vae_scale.training.tracking import _Lines
 
 MIB = 2**20
 fuzzed = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -325,7 +325,7 @@ def test_json_that_is_no_manifest_is_refused_wherever_json_is_read(
     (tmp_path / "config.json").write_bytes(content)
     refused(lambda: VAE.from_pretrained(tmp_path), tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(content + b'\n{"images": 3}\n')
-    _reopen(tmp_path / "metrics.jsonl", 5).close()
+    _Lines(tmp_path / "metrics.jsonl", 5)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"images": 3}\n'
 
 
