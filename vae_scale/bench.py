@@ -19,6 +19,7 @@ HOP, ROUND = 3.4e-6, 10e-6  # seconds of a message within a machine and between 
 NORMALS = 1e11  # random numbers that a GPU draws in a second
 OPTIONS = "all other options are those of python -m vae_scale.train, such as --config FILE"
 SCALING = "two processes here beside two that train alone; or, with --step-ms or --tflops, what to expect of thousands of GPUs"
+BESIDE = "also the same training by others' means (extra: bench): notebook,torch,lightning,diffusers,pythae (default: all)"
 PREDICTING = [
     ("--gpus-per-node", 8, "GPUs of a machine, which take the configured batch (default: 8)"),
     ("--link-gbps", 3600.0, "Gbit/s from a GPU to the others of its machine, each way (default: 3600, NVLink 4)"),
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     training = {"step": "images per second of the bare training step", "train": "the whole trainer beside the bare step"}
     for name, told in training.items():
         verb = verbs.add_parser(name, help=told, epilog=OPTIONS, allow_abbrev=False)
-        verb.add_argument("--peers", action="store_true", help="also the same training by other people's means (extra: bench)")
+        verb.add_argument("--peers", nargs="?", const="", metavar="NAMES", help=BESIDE)
         verb.add_argument("--profile", type=Path, metavar="DIR", help="write a profiler's trace of a few steps there")
     scaling = verbs.add_parser("scaling", help=SCALING, description=SCALING, epilog=OPTIONS, allow_abbrev=False)
     time = scaling.add_mutually_exclusive_group()
@@ -131,7 +132,8 @@ def _training(args: argparse.Namespace, config: "Config") -> None:
     from vae_scale.benchmark.measuring import COPY, MATRIX, machine, markdown, write_json
     from vae_scale.benchmark.training import measure
 
-    found = measure(config, args.what == "train", args.repeats, args.profile, args.peers)
+    peers = None if args.peers is None else [name for name in args.peers.split(",") if name]
+    found = measure(config, args.what == "train", args.repeats, args.profile, peers)
     where = machine()
     units = {MATRIX: (1e12, "TFLOP/s"), COPY: (1e9, "GB/s")}
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ class Report:
     missing: dict[str, str]
 
 
-def measure(config: Config, whole: bool, repeats: int, traces: Path | None, others: bool = False) -> Report:
+def measure(config: Config, whole: bool, repeats: int, traces: Path | None, others: Sequence[str] | None = None) -> Report:
     """Measures the training that a configuration describes, in a run folder that is deleted afterwards.
 
     Runs are short, so what a checkpoint costs is found from runs with one, and counted as often as configured. A run logs
@@ -93,7 +93,7 @@ def measure(config: Config, whole: bool, repeats: int, traces: Path | None, othe
         whole: Measure the whole trainer, not the bare step alone.
         repeats: Runs of each, of which the median counts.
         traces: Folder for a profiler's trace of a few steps; None for none.
-        others: Also the same training by other people's means.
+        others: Also the same training by these other people's means; by all of them if empty, by none if None.
 
     Raises:
         UserError: there are no such shards, they cannot be trained on, there are several processes, or others cannot do it.
@@ -117,7 +117,9 @@ def opened(config: Config) -> Iterator["Subject"]:
             yield subject
 
 
-def _measure(subject: "Subject", config: Config, whole: bool, repeats: int, traces: Path | None, others: bool) -> Report:
+def _measure(
+    subject: "Subject", config: Config, whole: bool, repeats: int, traces: Path | None, others: Sequence[str] | None
+) -> Report:
     trainer, batch = subject.trainer, config.train.batch
     subject.choose_steps(SECONDS)
     tasks: dict[str, Callable[[], float]] = {STEP: subject.step}
@@ -128,7 +130,7 @@ def _measure(subject: "Subject", config: Config, whole: bool, repeats: int, trac
     memory = _peak_memory(trainer.device)  # before the ceilings, which need memory of their own
     dtype = DTYPES.get(trainer.accelerator.mixed_precision, torch.float32)
     with tempfile.TemporaryDirectory() as scratch:
-        found, missing = peers(trainer, SECONDS, Path(scratch)) if others else ([], {})
+        found, missing = peers(trainer, SECONDS, Path(scratch), others) if others is not None else ([], {})
         tasks = ceilings(trainer.device, dtype) | tasks | {peer.name: peer.run for peer in found}
         rows = alternate(tasks, repeats, "measuring")
     flops = count_flops(subject.one_image)

@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,21 +95,25 @@ class Peer:
         return statistics.fmean(self.losses[-quarter:]) < statistics.fmean(self.losses[:quarter])
 
 
-def peers(trainer: Trainer, seconds: float, scratch: Path) -> tuple[list[Peer], dict[str, str]]:
+def peers(trainer: Trainer, seconds: float, scratch: Path, families: Sequence[str] = ()) -> tuple[list[Peer], dict[str, str]]:
     """Sets the others up to train what a trainer of ours trains.
 
     Args:
         trainer: Ours.
         seconds: About as long as a run shall take.
         scratch: Where to write the images, and what others write.
+        families: Which, each with weights of its own; none for all.
 
     Returns:
         The peers, and for each family that cannot be had here the reason in one line.
 
     Raises:
-        UserError: it trains something that the others have no counterpart of, or there are too few images.
+        UserError: it trains something that the others have no counterpart of, there are too few images, or no such family.
     """
     config, train_set = trainer.config, trainer.train_set
+    known = {setup.__name__.removeprefix("_"): setup for setup in (_notebook, _torch, _lightning, _diffusers, _pythae)}
+    if unknown := set(families) - set(known):
+        raise UserError(f"--peers has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
     if config.prior.vae is not None or config.objective.critic:
         raise UserError("--peers goes with the training of a VAE: without prior.vae, objective.adversarial and .perceptual")
     if train_set.image_shape[:2] != (SIDE, SIDE):
@@ -124,11 +128,10 @@ def peers(trainer: Trainer, seconds: float, scratch: Path) -> tuple[list[Peer], 
     common.write()
     found: list[Peer] = []
     missing: dict[str, str] = {}
-    for family in (_notebook, _torch, _lightning, _diffusers, _pythae):
-        name = family.__name__.removeprefix("_")
+    for name in families or known:
         try:
             with _quiet():
-                found += family(common)
+                found += known[name](common)
         except UserError as error:
             missing[name] = str(error)
         except ImportError as error:
