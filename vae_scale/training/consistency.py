@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vae_scale.errors import UserError
 
+CHUNK = 2**18  # numbers taken at a time, so that what is computed of them stays in a CPU's cache
+
 
 def check_same(prints: Tensor, images_seen: int) -> None:
     """Refuses to go on where the fingerprints of the processes, [processes], are not all the same.
@@ -33,5 +35,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
 
 def _weighted(numbers: Tensor) -> Tensor:
     """The sum of some numbers, each times an odd one that depends on its place, so that the order counts."""
-    places = torch.arange(len(numbers), device=numbers.device)
-    return (numbers * (2 * places + 1_000_003)).sum()
+    places = torch.arange(min(len(numbers), CHUNK), device=numbers.device)
+    odd = 2 * places + 1_000_003
+    sums = torch.stack([(part * odd[: len(part)]).sum() for part in numbers.split(CHUNK)])
+    return sums[0] if len(sums) == 1 else _weighted(sums)

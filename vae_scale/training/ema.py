@@ -14,7 +14,8 @@ class EMA:
     """An exponential moving average of a model's weights.
 
     Attributes:
-        model: The model with the averaged weights, in evaluation mode; where weights are sharded, as `gather` left it.
+        model: The model with the averaged weights, in evaluation mode; where weights are sharded or not averaged at all (decay
+            0), as `gather` left it.
     """
 
     def __init__(self, model: VAE, decay: float) -> None:
@@ -36,6 +37,8 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after optimizer step `step` (1, 2, ...). Early on the average is shorter."""
+        if not self._decay:
+            return
         decay = min(self._decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
         if self._kept:
@@ -43,6 +46,8 @@ class EMA:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Brings the shares together in `model`, if there are any. All processes must call it."""
+        """Brings `model` up to date: the shares together, if there are any. All processes must call it."""
+        if not self._decay:
+            torch._foreach_copy_([*self._averaged, *self._kept], [*self._weights, *self._buffers])
         for mine, part in self._sharded:
             mine.copy_(whole(part))
