@@ -74,7 +74,7 @@ def test_sigterm_saves_leaves_and_marks_and_the_next_run_goes_on_from_there(shar
         told, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, told
     images = saved(tmp_path)
-    assert f"stopped by a signal at {images:,} images" in told
+    assert f"{images:,} images: stopped by a signal, and saved" in told
     assert json.loads((tmp_path / "requeue.json").read_text()) == {"images_seen": images}
     assert (
         images == json.loads((tmp_path / METRICS).read_text().splitlines()[-1])["images"]
@@ -90,7 +90,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(shards: Pa
         rank_1.send_signal(signal.SIGUSR1)
         told, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, told
-    assert f"stopped by a signal at {saved(tmp_path):,} images" in told
+    assert f"{saved(tmp_path):,} images: stopped by a signal, and saved" in told
     assert (tmp_path / "requeue.json").exists()
 
 
@@ -98,7 +98,7 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint_and_the_marker(shards: Path
     with started(2, tmp_path, *words(shards, tmp_path)) as process:
         process.terminate()
         told, _ = process.communicate(timeout=SECONDS + 10)
-    assert f"stopped by a signal at {saved(tmp_path):,} images" in told  # whatever the launcher makes of it
+    assert f"{saved(tmp_path):,} images: stopped by a signal, and saved" in told  # whatever the launcher makes of it
     assert (tmp_path / "requeue.json").exists()
 
 

@@ -102,12 +102,12 @@ def trainer_of(shards: Path, run: Path, *more: str) -> Trainer:
 
 def test_between_two_log_lines_nothing_waits_for_the_device(shards: Path, tmp_path: Path) -> None:
     trainer = trainer_of(shards, tmp_path, "--train.images=100000", "--train.log_every=100")
-    with closing(trainer._batches()) as batches, trainer._progress() as bar:
+    with closing(trainer._batches()) as batches, trainer._progress():
         for batch in islice(batches, 2):
-            trainer._advance(batch, bar)
+            trainer._advance(batch)
         with profile() as found:
             for batch in islice(batches, 3):
-                trainer._advance(batch, bar)
+                trainer._advance(batch)
     events = found.events()
     assert "aten::convolution_backward" in {event.name for event in events}
     assert waits(events) == {"aten::_fused_adamw_"}  # whose kernel for CPUs reads the number of steps; that for GPUs does not

@@ -125,12 +125,15 @@ def test_training_tells_where_it_is(shards: Path, tmp_path: Path, monkeypatch: p
     places: list[str] = []
     monkeypatch.setattr(Watch, "mark", lambda _, place: places.append(place))
     words = [f"--data.shards={shards}", f"--run={tmp_path}", *TINY, "--track.tracker=none", "--train.images=24"]
-    Trainer(parse(words)[0]).run()
+    Trainer(parse([*words, "--evaluate.latents=24"])[0]).run()
     assert places == [
         "the step after 0 images",
         "the wait for the batch after 12 images",
         "the step after 12 images",
         "the evaluation after 24 images",
+        *(f"batch {number} of 30 images" for number in range(3)),
+        *(f"batch {number} of 24 images" for number in range(2)),
+        "the pictures after 24 images",
         "the checkpoint after 24 images",
         "the wait for the batch after 24 images",
     ]

@@ -234,12 +234,14 @@ class EvaluateConfig:
         every: Images between two evaluations (there is always one at the end).
         images: Held-out images used, at most.
         samples: Images in the grid of samples.
+        early: Draw samples and reconstructions also after 256, 512, 1024, ... images, up to the first evaluation.
         latents: Training images whose latents the learned prior is fitted to, at most.
     """
 
     every: int = 500_000
     images: int = 2_000
     samples: int = 64
+    early: bool = True
     latents: int = 10_000
 
 
@@ -263,12 +265,14 @@ class TrackConfig:
     """Where curves and pictures go, besides the run's own folder.
 
     Attributes:
-        tracker: wandb (offline where no key is found, never a prompt) or none.
+        tracker: wandb (offline where no key is found, never a prompt), tensorboard or none.
         project: wandb project.
+        artifacts: Hand checkpoints and the shards' manifest to wandb, too.
     """
 
-    tracker: Literal["wandb", "none"] = "wandb"
+    tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
     project: str = "vae_scale"
+    artifacts: bool = False
 
 
 @dataclass
@@ -278,6 +282,7 @@ class Config:
     Attributes:
         run: Folder of the run; null for runs/NAME with the name of the configuration file.
         seed: Keys every random draw, together with the images seen and what the draw is for.
+        log: What is printed: a progress bar and lines, or json: one object a line on standard output and nothing else.
         model: The network.
         data: The images.
         objective: The loss of a VAE.
@@ -291,6 +296,7 @@ class Config:
 
     run: str | None = None
     seed: int = 0
+    log: Literal["bar", "json"] = "bar"
     model: VAEConfig = field(default_factory=VAEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

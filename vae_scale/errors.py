@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -61,5 +62,7 @@ def command(main: Command) -> Command:
 
 
 def _fail(text: str) -> int:
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    who = f"rank {os.environ.get('RANK', '?')}: " if ranks > 1 else ""
+    print(f"{who}error: {text}", file=sys.stderr, flush=True)
     return 2

@@ -109,7 +109,7 @@ def opened(config: Config) -> Iterator["Subject"]:
     """A trainer to measure, without evaluation and wandb, in a run folder that is deleted afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         train = dataclasses.replace(config.train, images=ENDLESS)
-        evaluate = dataclasses.replace(config.evaluate, every=ENDLESS)
+        evaluate = dataclasses.replace(config.evaluate, every=ENDLESS, early=False)
         kept = dataclasses.replace(config.checkpoint)  # a copy, since `train` moves the interval
         track = dataclasses.replace(config.track, tracker="none")
         trainer = Trainer(dataclasses.replace(config, run=folder, train=train, evaluate=evaluate, checkpoint=kept, track=track))
@@ -171,7 +171,7 @@ class Subject:
         trainer = self.trainer
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.bar = self._end.enter_context(trainer._progress())
+        self._end.enter_context(trainer._progress())
         if trainer.tracker:
             self._end.callback(trainer.tracker.close)
         self._end.callback(trainer.writer.wait)
@@ -219,7 +219,7 @@ class Subject:
         begin = time.perf_counter()
         batch = next(self._batches)
         waited = time.perf_counter() - begin
-        self.trainer._advance(batch, self.bar)
+        self.trainer._advance(batch)
         return waited
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,10 @@ def newest_of(run: str | Path, option: str) -> Path:
     return folder
 
 
+def _warn(text: str) -> None:
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 class Writer:
     """Writes a run's checkpoints in a thread, one at a time, while training goes on.
 
@@ -142,10 +146,19 @@ class Writer:
         run: Folder of the run.
         keep: Newest checkpoints kept.
         keep_every: Images of which the first checkpoint after each multiple is kept, too; None for no others.
+        not_saved: Told, by the thread, why one cannot be written.
+        saved: Told, by the thread, where one was written.
     """
 
-    def __init__(self, run: Path, keep: int, keep_every: int | None = None) -> None:
-        self._run, self._keep, self._keep_every = run, keep, keep_every
+    def __init__(
+        self,
+        run: Path,
+        keep: int,
+        keep_every: int | None = None,
+        not_saved: Callable[[str], object] = _warn,
+        saved: Callable[[Path], object] | None = None,
+    ) -> None:
+        self._run, self._keep, self._keep_every, self._not_saved, self._saved = run, keep, keep_every, not_saved, saved
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._hurry = threading.Event()
@@ -191,8 +204,10 @@ class Writer:
                 reason = f"{final}: cannot be written ({one_line(error)})"
                 if last:
                     raise UserError(f"{reason}; free some space and run again: training goes on from the one before") from None
-                tqdm.write(f"warning: {reason}; training goes on, and it is tried again", file=sys.stderr)
+                self._not_saved(f"{reason}; training goes on, and it is tried again")
             self._hurry.wait(RETRY_SECONDS)
+        if self._saved:
+            self._saved(final)
         self._delete_old()
 
     def _write(self, final: Path, tensors: Tensors, state: dict[str, Any], config: dict[str, Any]) -> None:

@@ -33,12 +33,14 @@ class Processes:
         ranks: All processes.
         add_up: Adds a tensor up over all processes.
         gather: Brings the rows of all processes together, one process after the other.
+        mark: Told where this process is, now and then, at the same places by all.
     """
 
     rank: int = 0
     ranks: int = 1
     add_up: Callable[[Tensor], Tensor] = lambda sums: sums
     gather: Callable[[Tensor], Tensor] = lambda rows: rows
+    mark: Callable[[str], None] = lambda place: None
 
     @staticmethod
     def of(accelerator: "Accelerator") -> "Processes":
@@ -96,6 +98,7 @@ def batches(
     plan = evaluation_rows(images, batch, processes.rank, processes.ranks)
     with Reader(shards) as reader:
         for number, (rows, weights) in enumerate(tqdm(plan, bar, unit=" batches", disable=not bar or processes.rank > 0)):
+            processes.mark(f"batch {number} of {images:,} images")
             soon = np.concatenate([rows for rows, _ in plan[number : number + 2]])
             reader.need(np.unique(shards.numbers(chosen[soon])).tolist())
             reader.gather(chosen[rows], buffer)
@@ -111,7 +114,7 @@ def evaluate(
     batch: int,
     seed: int,
     processes: Processes = ALONE,
-) -> dict[str, float]:
+) -> dict[str, float | list[float]]:
     """The ELBO of the first `images` of a set, each counted once whatever the batch and the number of ranks.
 
     Args:
@@ -124,19 +127,27 @@ def evaluate(
 
     Returns:
         Means over images: `nats` (the negative ELBO), its terms `reconstruction_nats` and `kl_nats`, `psnr_db` of the
-        reconstruction from one latent, and `bits_per_dim` where the likelihood is a density of images.
+        reconstruction from one latent, `bits_per_dim` where the likelihood is a density of images, and `kl_nats_per_channel`
+        of the latents, or per layer of a hierarchy.
     """
     images, device = min(images, len(shards)), next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros((), dtype=torch.float64, device=device)
     for numbers, pixels, weights in batches(shards, images, batch, processes, device):
         x = to_model(pixels)
         noise = noise_of_each(numbers, model.latent_shape, seed, "evaluation")
         terms = model(x, noise.to(device))
-        each = torch.stack([-terms.log_prob, terms.kl.sum(1), psnr(x, model.likelihood.mean(terms.output))]).double()
-        sums += (each * weights).sum(1)
-    reconstruction, kl, psnr_db = (processes.add_up(sums) / images).tolist()
+        each = torch.stack([-terms.log_prob, psnr(x, model.likelihood.mean(terms.output)), *terms.kl.unbind(1)]).double()
+        sums = sums + (each * weights).sum(1)
+    reconstruction, psnr_db, *channels = (processes.add_up(sums) / images).tolist()
+    kl = sum(channels)
     nats = reconstruction + kl
-    found = {"nats": nats, "reconstruction_nats": reconstruction, "kl_nats": kl, "psnr_db": psnr_db}
+    found: dict[str, float | list[float]] = {
+        "nats": nats,
+        "reconstruction_nats": reconstruction,
+        "kl_nats": kl,
+        "kl_nats_per_channel": channels,
+        "psnr_db": psnr_db,
+    }
     if model.likelihood.normalised:
         found["bits_per_dim"] = bits_per_dim(nats, model.dimensions)
     return found

@@ -22,7 +22,23 @@ ROWS = 8
 DIRECTIONS_FROM = 512  # latents whose principal directions are found
 REACH = 2.5  # deviations to either side of a traversal
 NEIGHBOURS = 5
+PICTURED = 32  # held-out images shown while training
 Draw = Callable[[int], Tensor]  # latents of the prior: so many
+
+
+def progress(model: VAE, shards: ShardSet, samples: int, seed: int) -> dict[str, tuple[Tensor, int | None]]:
+    """What shows how training gets on, by name: images, and how many of them make a row.
+
+    Args:
+        model: In evaluation mode.
+        shards: Held-out images.
+        samples: How many to draw, from the best prior there is.
+        seed: Of the samples.
+    """
+    return {
+        "samples": (model.sample(samples, seed), None),
+        "reconstructions": (reconstructions(model, shards, PICTURED, PICTURED), ROWS),
+    }
 
 
 def interpolations(model: VAE, latents: Tensor, steps: int, batch: int) -> Tensor:

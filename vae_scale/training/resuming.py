@@ -1,13 +1,40 @@
-"""What a run may change when it goes on, and what it cannot."""
+"""Going on with a run: alone in its folder, and with what may change and what cannot."""
 
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from filelock import FileLock, Timeout
 
 from vae_scale.errors import UserError
 
 ORDER = ("train", "window", "streams")  # options of data that decide the order of images
 FLOW = ("width", "depth", "patch")  # options of prior that describe the network
 NOT_TOLD = "run"  # which is only a name
+
+
+def locked(folder: Path, main: bool, device: torch.device) -> FileLock:
+    """Keeps other runs out of a run's folder, until this process ends. All processes must call it.
+
+    Args:
+        folder: Made, if it is not there.
+        main: Whether this is rank 0, which holds the lock for all.
+        device: Where processes talk to each other.
+
+    Raises:
+        UserError: another run is in it.
+    """
+    lock, mine = FileLock(folder / ".lock"), True
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            mine = False
+    if not int(broadcast(torch.tensor(int(mine), device=device))):
+        raise UserError(f"{folder}: is being trained by another process; stop that one, or choose another --run")
+    return lock
 
 
 def changes(was: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:

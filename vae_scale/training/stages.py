@@ -1,7 +1,7 @@
 """What is trained: first the VAE, then a flow over its latents. The loop is the same for both."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Stage(ABC):
         """The metrics of some steps, and the one that the progress bar shows."""
 
     @abstractmethod
-    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> dict[str, float]:
+    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> Mapping[str, float | list[float]]:
         """How good `model`, the averaged one, is on held-out images; gives it what it needs to draw samples."""
 
     def labelled(self, draws: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ class VAEStage(Stage):
         values["train/bits_per_dim"] = bits_per_dim(reconstruction + kl, self.model.dimensions)
         return values, f"{values['train/bits_per_dim']:.3f} bits/dim"
 
-    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> dict[str, float]:
+    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> Mapping[str, float | list[float]]:
         """The ELBO; fits the mixture."""
         config = self.config
         found = evaluate(model, test_set, config.evaluate.images, batch, config.seed, processes)
@@ -211,7 +211,7 @@ class FlowStage(Stage):
         """See `Stage`."""
         return {"train/loss": means[0]}, f"velocity error {means[0]:.4f}"
 
-    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> dict[str, float]:
+    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> Mapping[str, float | list[float]]:
         """The velocity error on held-out images, averaged over times."""
         objective = FlowMatching(model, self.config)
         return evaluate_flow(objective, test_set, self.config.evaluate.images, batch, self.config.seed, processes)

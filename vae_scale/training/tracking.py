@@ -1,19 +1,22 @@
-"""Curves and pictures: always in the run's folder, and in wandb where that is wanted."""
+"""What is told about a run: always in its folder and on the terminal, and to a service where that is wanted."""
 
 import errno
 import json
-import netrc
+import math
 import os
 import sys
+import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from vae_scale.config import Config, as_dict
+from vae_scale.config import Config
+from vae_scale.training.services import Values, service
+from vae_scale.training.terminal import Terminal
 
-METRICS = "metrics.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
 class Tracker:
@@ -22,60 +25,92 @@ class Tracker:
     Args:
         config: The run's configuration.
         images_seen: Where the run begins; what `metrics.jsonl` holds beyond it is dropped, for it will come again.
-        wandb_id: The wandb run to go on with, if there was one.
+        run_id: What the service called the run before, if it goes on.
+        about: Facts for the service to record beside the configuration.
+        terminal: Where it is printed, too.
     """
 
-    def __init__(self, config: Config, images_seen: int, wandb_id: str | None) -> None:
-        self.folder = config.folder
-        self._metrics = _Lines(self.folder / METRICS, images_seen)
-        self._wandb = _start_wandb(config, wandb_id) if config.track.tracker == "wandb" else None
+    def __init__(self, config: Config, images_seen: int, run_id: str | None, about: dict[str, Any], terminal: Terminal) -> None:
+        self._metrics = _Lines(config.folder / METRICS, images_seen)
+        self._events = _Lines(config.folder / EVENTS)
+        self._terminal = terminal
+        self._service = service(config, images_seen, run_id, about)
 
     @property
-    def wandb_id(self) -> str | None:
-        """The id of the wandb run."""
-        return str(self._wandb.id) if self._wandb else None
+    def run_id(self) -> str | None:
+        """What the service calls the run."""
+        return self._service.run_id if self._service else None
 
-    def log(self, images_seen: int, values: dict[str, float]) -> None:
-        """Writes scalars."""
-        self._metrics.append(json.dumps({"images": images_seen} | values))
-        if self._wandb:
-            self._wandb.log({"images": images_seen} | values)
+    def log(self, images_seen: int, values: Values) -> None:
+        """Writes scalars, and lists of which the distribution counts. Their names are grouped: train/, eval/, speed/, data/."""
+        line = {"images": images_seen, **values}
+        self._metrics.append(json.dumps(line))
+        self._terminal.record(line)
+        if self._service:
+            self._service.log(images_seen, values)
+
+    def event(self, images_seen: int, kind: str, text: str) -> None:
+        """Writes down that something happened to the run. Any thread may call it.
+
+        Args:
+            images_seen: When.
+            kind: started, resumed, left_out, straggler, missing_images, not_saved, stopped, failed or finished.
+            text: In one line.
+        """
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "images": images_seen, "event": kind, "text": text}
+        self._events.append(json.dumps(line))
+        self._terminal.record(line, f"{images_seen:,} images: {text}")
+        if self._service:
+            self._service.event(images_seen, kind, text)
 
     def picture(self, images_seen: int, name: str, path: Path) -> None:
         """Hands on a picture that lies in the run's folder."""
-        if self._wandb:
-            import wandb
+        if self._service:
+            self._service.picture(images_seen, name, path)
 
-            self._wandb.log({"images": images_seen, name: wandb.Image(str(path))})
+    def checkpoint(self, folder: Path) -> None:
+        """Hands on a checkpoint that was written. Any thread may call it."""
+        if self._service:
+            self._service.checkpoint(folder)
 
-    def close(self) -> None:
-        """Ends the wandb run, once everything is written."""
-        if self._wandb:
-            self._wandb.finish()
+    def close(self, failed: bool = False) -> None:
+        """Sends what is left to the service."""
+        if self._service:
+            self._service.close(failed)
 
 
 class _Lines:
-    """The lines of a file, of which each is written whole. Those that find the disk full, or gone, are written later."""
+    """The lines of a file, of which each is written whole. Those that find the disk full, or gone, are written later.
 
-    def __init__(self, path: Path, images_seen: int) -> None:
+    Args:
+        path: The file. What is no JSON object is taken out of it: a line that was being written when a run was stopped.
+        up_to: Images; so are lines that tell of more.
+    """
+
+    def __init__(self, path: Path, up_to: float = math.inf) -> None:
         self._path = path
         self._waiting: list[str] = []
         self._told = False
+        self._one = threading.Lock()
         kept = []
         if path.exists():
             for line in path.read_text("utf-8", "replace").splitlines():
                 try:
-                    if json.loads(line)["images"] <= images_seen:
+                    if json.loads(line)["images"] <= up_to:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    continue  # a line that was being written when the run was stopped
+                    continue
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(path)
 
     def append(self, line: str) -> None:
-        self._waiting.append(line)
-        content = "".join(f"{line}\n" for line in self._waiting).encode()
+        """Adds a line. Any thread may call it."""
+        with self._one:
+            self._waiting.append(line)
+            self._write("".join(f"{line}\n" for line in self._waiting).encode())
+
+    def _write(self, content: bytes) -> None:
         try:
             with self._path.open("ab", buffering=0) as file:
                 end = file.tell()
@@ -88,34 +123,3 @@ class _Lines:
             self._told = True
             return
         self._waiting, self._told = [], False
-
-
-def _start_wandb(config: Config, wandb_id: str | None) -> Any:
-    import wandb
-
-    run = wandb.init(
-        project=config.track.project,
-        name=config.folder.name,
-        dir=str(config.folder),
-        id=wandb_id,
-        resume="allow" if wandb_id else None,
-        config=as_dict(config),
-        mode=_wandb_mode(),
-        # What it calls metadata has the whole command line in it, with what is secret in data.shards.
-        settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
-    )
-    # Its own step counts calls; every curve is drawn over the images seen instead.
-    run.define_metric("*", step_metric="images")
-    return run
-
-
-def _wandb_mode() -> Any:
-    """What the environment says; else online if there is a key, offline if not: never a prompt."""
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        known = False
-    return "online" if known or os.environ.get("WANDB_API_KEY") else "offline"

@@ -1,45 +1,45 @@
 """The training loop."""
 
 import contextlib
+import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Generator
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
-from vae_scale import __version__
 from vae_scale.config import Config, as_dict, as_yaml, check_processes, check_resolution
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.storage import Cache
 from vae_scale.data.stream import Batch, Stream, default_window
 from vae_scale.errors import UserError, one_line
 from vae_scale.randomness import key
-from vae_scale.training import checkpoint, compiling, launching, pictures, sharding
+from vae_scale.training import checkpoint, compiling, gallery, launching, pictures, sharding
 from vae_scale.training.batch_size import largest_batch
 from vae_scale.training.consistency import check_same, fingerprint
 from vae_scale.training.ema import EMA
 from vae_scale.training.evaluation import Processes
-from vae_scale.training.objective import Objective, to_model
-from vae_scale.training.resuming import changes
+from vae_scale.training.launching import resolve_precision
+from vae_scale.training.meters import Meters, Reading
+from vae_scale.training.objective import Objective
+from vae_scale.training.resuming import changes, locked
 from vae_scale.training.schedules import learning_rate
 from vae_scale.training.stages import FlowStage, Stage, VAEStage, trained
 from vae_scale.training.stopping import Stopping
+from vae_scale.training.terminal import Terminal
 from vae_scale.training.tracking import Tracker
 from vae_scale.training.update import Update
+from vae_scale.training.versions import versions
 from vae_scale.training.watch import Pace, Watch
 
-PICTURED = 32  # held-out images shown beside their reconstructions
 ENCODED = 64  # images at a time and process, before the batch's size is known
+EARLIEST = 256  # images before the first pictures
 REQUEUE = "requeue.json"  # in the run's folder, where a cluster stopped it and is to start it again
 MOST_LEFT_OUT = 30  # steps in a row; the search for fp16's scale leaves out fewer
 
@@ -56,6 +56,7 @@ class Trainer:
         self.accelerator: Accelerator = launching.start(config.train)
         self.device: torch.device = self.accelerator.device
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
+        self.terminal = Terminal(config.log, self.accelerator.is_main_process)
         if config.train.batch_size != "auto":
             check_processes(config, self.ranks)
         cache = Cache.configured(config.data.cache_dir, config.data.cache_gib)
@@ -64,9 +65,9 @@ class Trainer:
         self.test_set = shards.select(config.data.test)
 
         told = ", ".join(f"{name} {count:,}" for name, count in self.train_set.splits.items())
-        self._say(f"training on {told}; {len(self.test_set):,} images of {config.data.test} held out")
+        self.terminal.say(f"training on {told}; {len(self.test_set):,} images of {config.data.test} held out")
         if not shards.storage.local:
-            self._say(f"fetching shards from {shards.location}; the first step waits for the first ones")
+            self.terminal.say(f"fetching shards from {shards.location}; the first step waits for the first ones")
 
         self.processes = Processes.of(self.accelerator)
         torch.manual_seed(key(config.seed, "weights"))
@@ -74,12 +75,13 @@ class Trainer:
         self.model = self.stage.model
         self.ema = EMA(self.model, config.train.ema)
         self.images_seen = 0
-        # For the next log line: what was measured, the gradient's norm, steps taken and steps left out.
-        self.sums = torch.zeros(self.stage.measured + 3, device=self.device)
+        self.meters = Meters(self.stage.measured, self.device)
         # A run keeps its order of images, should its shards have moved to where another window is the default.
         self.window = config.data.window or default_window(self.train_set)
-        self.lock = self._lock()
-        wandb_id, moments = self._resume()
+        self.lock = locked(config.folder, self.accelerator.is_main_process, self.device)
+        if self.accelerator.is_main_process:
+            (config.folder / REQUEUE).unlink(missing_ok=True)
+        self.state, moments = self._resume()
         if config.train.batch_size == "auto":
             self._find_batch_size()
         self.objective = self._distributed(self.stage.objective)
@@ -103,12 +105,17 @@ class Trainer:
         )
         if self.accelerator.is_main_process:
             (config.folder / "config.yaml").write_text(as_yaml(config))
-        self.writer = checkpoint.Writer(config.folder, config.checkpoint.keep, config.checkpoint.keep_every)
-        self.tracker = Tracker(config, self.images_seen, wandb_id) if self.accelerator.is_main_process else None
+        self.tracker = self._track() if self.accelerator.is_main_process else None
+        self.writer = checkpoint.Writer(
+            config.folder,
+            config.checkpoint.keep,
+            config.checkpoint.keep_every,
+            lambda text: self._happened("not_saved", text),
+            self.tracker.checkpoint if self.tracker else None,
+        )
         self.stopping = Stopping(self.device)
-        self.watch, self.pace = Watch(self.rank, self.ranks, config.train.timeout), Pace(self.device)
-        # How many steps in a row were left out up to now, and the images seen before the first of them.
-        self.left_out = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.watch, self.pace = Watch(self.rank, self.ranks, config.train.timeout, self._failed), Pace(self.device)
+        self.processes = dataclasses.replace(self.processes, mark=self.watch.mark)
         self.evaluated_at = -1
 
     def _choose_stage(self) -> Stage:
@@ -131,7 +138,7 @@ class Trainer:
             self.accelerator.autocast,
             self.processes,
         )
-        self._say(f"train.batch_size auto: {config.train.batch:,} images")
+        self.terminal.say(f"train.batch_size auto: {config.train.batch:,} images")
 
     def _distributed(self, objective: Objective) -> Any:
         """The objective, whose gradients are those of all processes."""
@@ -143,46 +150,66 @@ class Trainer:
         """Trains until `train.images` images were seen."""
         config = self.config
         if self.images_seen >= config.train.images:
-            self._say(f"{config.folder} has seen {self.images_seen:,} images already; raise train.images to go on")
-        with self.stopping, self._progress() as bar, compiling.shown(bar.set_postfix_str):
-            self._begin_interval()
-            with self.watch:
-                for batch in self._batches():
-                    self._advance(batch, bar)
-                    if self._leaving():
-                        break
-            self.writer.wait()
+            self.terminal.say(f"{config.folder} has seen {self.images_seen:,} images already; raise train.images to go on")
+        try:
+            with self.stopping, self._progress(), compiling.shown(self.terminal.status):
+                self._begin_interval()
+                with self.watch:
+                    for batch in self._batches():
+                        self._advance(batch)
+                        if self._leaving():
+                            break
+                self.writer.wait()
+        except Exception as error:
+            self._failed(one_line(error))
+            if self.tracker:
+                self.tracker.close(failed=True)
+            raise
+        self._end()
+        self.lock.release()
+
+    def _end(self) -> None:
+        """Tells whoever may start the run again how far it came."""
+        if not self._leaving():
+            self._happened("finished", "finished")
+        else:
+            if self.stopping.preempted and self.accelerator.is_main_process:
+                (self.config.folder / REQUEUE).write_text(json.dumps({"images_seen": self.images_seen}) + "\n")
+            self._happened("stopped", "stopped by a signal, and saved; to go on, run the same command again")
         if self.tracker:
             self.tracker.close()
-        if self._leaving():
-            self._leave()
         self.accelerator.end_training()
-        self.lock.release()
 
     def _leaving(self) -> bool:
         """Whether a signal ends the run before its time."""
         return self.stopping.agreed and self.images_seen < self.config.train.images
 
-    def _leave(self) -> None:
-        """Tells whoever may start the run again how far it came."""
-        if self.stopping.preempted and self.accelerator.is_main_process:
-            (self.config.folder / REQUEUE).write_text(json.dumps({"images_seen": self.images_seen}) + "\n")
-        self._say(f"stopped by a signal at {self.images_seen:,} images, which are saved; to go on, run the same command again")
+    def _happened(self, kind: str, text: str) -> None:
+        """Tells of an event in the run's life; see `Tracker.event`."""
+        if self.tracker:
+            self.tracker.event(self.images_seen, kind, text)
 
-    def _advance(self, batch: Batch, bar: "tqdm[Any]") -> None:
+    def _failed(self, reason: str) -> None:
+        """Notes why the run ends early. The process that ends says it on standard error by itself."""
+        if self.tracker:
+            self.tracker.event(self.images_seen, "failed", reason)
+
+    def _advance(self, batch: Batch) -> None:
         """One step, and what is due after it: only a checkpoint, where the run has to stop."""
         config = self.config
         self.watch.mark(f"the step after {self.images_seen:,} images")
         self._step(batch)
         before, self.images_seen = self.images_seen, self.images_seen + config.train.batch
-        bar.update(config.train.batch)
+        self.terminal.advance(config.train.batch)
         if self._due(config.train.log_every * config.train.batch, before):
-            self._log(bar)
+            self._log()
         if self._leaving():
             self._save()
             return
         if self._due(config.evaluate.every, before):
-            self._evaluate(bar)
+            self._evaluate()
+        elif self._early(before):
+            self._draw()
         if self._due(config.checkpoint.every, before):
             self._save()
         self.watch.mark(f"the wait for the batch after {self.images_seen:,} images")
@@ -190,6 +217,11 @@ class Trainer:
     def _due(self, every: int, before: int) -> bool:
         """Whether a multiple of `every` images, or the end, came with the last step."""
         return self.images_seen >= self.config.train.images or before // every < self.images_seen // every
+
+    def _early(self, before: int) -> bool:
+        """Whether the last step passed a power of two, up to the first evaluation: most is learned at the beginning."""
+        wanted = self.config.evaluate.early and EARLIEST <= self.images_seen < self.config.evaluate.every
+        return wanted and self.images_seen.bit_length() > before.bit_length()
 
     def _batches(self) -> Generator[Batch, None, None]:
         if self.images_seen >= self.config.train.images:
@@ -209,15 +241,7 @@ class Trainer:
         self.stopping.heard(total[-1:])
         self.stage.stepped(measured, taken)
         self.ema.update(self.images_seen // config.train.batch + 1)
-        self._count(measured, norm, taken)
-
-    def _count(self, measured: Tensor, norm: Tensor, taken: Tensor) -> None:
-        """Adds to what the next log line tells, without waiting for the device."""
-        found = torch.where(taken, torch.cat([measured, norm[None]]), 0)
-        self.sums += torch.cat([found, taken[None], ~taken[None]])
-        row, first = self.left_out.unbind()
-        first = torch.where(row > 0, first, self.images_seen)
-        self.left_out = torch.where(taken, 0, torch.stack([row + 1, first]))
+        self.meters.count(measured, norm, taken, self.images_seen)
 
     def _gradients(self, images: Tensor, draws: dict[str, Tensor], arguments: tuple[Tensor, ...]) -> Tensor:
         """Gradients of the loss of this process's images, taken in pieces; returns what was measured."""
@@ -255,58 +279,60 @@ class Trainer:
         self.stream.wait_seconds = 0.0
         self.interval = (time.perf_counter(), self.images_seen)
 
-    def _log(self, bar: "tqdm[Any]") -> None:
+    def _log(self) -> None:
         """Means over the steps since the last call. The only place where the loop waits for the device."""
         began, seen = self.interval
-        *sums, norm, taken, left_out = self.sums.tolist()
-        self._check_left_out()
+        found = self.meters.read()
+        self._check_left_out(found)
         seconds = time.perf_counter() - began
         config, speed = self.config, (self.images_seen - seen) / seconds
         values: dict[str, float] = {}
         shown = "all steps left out"
-        if taken:
-            values, shown = self.stage.logged([part / taken for part in sums], self.images_seen)
-            values["train/grad_norm"] = norm / taken
+        if found.taken:
+            values, shown = self.stage.logged(found.means, self.images_seen)
+            values["train/grad_norm"] = found.grad_norm
         values |= {
             "train/lr": learning_rate(config.optimizer, self.images_seen, config.train.images),
-            "train/left_out": left_out,
+            "train/left_out": found.left_out,
             "train/epoch": self.images_seen / len(self.train_set),
             "speed/images_per_second": speed,
             "data/wait_share": self.stream.wait_seconds / seconds,
             "speed/memory_bytes": _memory(self.device),
         }
-        self._name_straggler(bar)
-        bar.set_postfix_str(f"{shown}, {speed:,.0f} images/s, waits {values['data/wait_share']:.1%}")
+        self._name_straggler()
+        self.terminal.status(f"{shown}, {speed:,.0f} images/s, waits {values['data/wait_share']:.1%}", speed)
         if self.tracker:
             self.tracker.log(self.images_seen, values)
-        self.sums.zero_()
         self._begin_interval()
 
-    def _name_straggler(self, bar: "tqdm[Any]") -> None:
+    def _name_straggler(self) -> None:
         """Tells which process is slow by itself. What the others do meanwhile is to wait for it."""
         own = torch.tensor([self.stream.wait_seconds + self.pace.seconds()], device=self.device)
-        if (told := self.pace.straggler(self.accelerator.gather(own).tolist())) and self.tracker:
-            bar.write(f"{self.images_seen:,} images: {told}", file=sys.stderr)
+        if told := self.pace.straggler(self.accelerator.gather(own).tolist()):
+            self._happened("straggler", told)
 
-    def _check_left_out(self) -> None:
-        """Stops a run whose steps are all left out, and tells where that began."""
-        steps, first = self.left_out.tolist()
+    def _check_left_out(self, found: Reading) -> None:
+        """Tells of steps that were left out, and stops a run whose steps all are, telling where that began."""
+        if found.left_out:
+            told = f"{found.left_out} of {found.left_out + found.taken} steps left out"
+            self._happened("left_out", f"{told}: gradients not finite, or longer than optimizer.skip")
+        steps, first = found.row, found.first
         if steps < MOST_LEFT_OUT:
             return
         held = self.train_set.names(self.stream.plan.rows(first))
-        told = self.config.folder / "left_out.json"
+        listed = self.config.folder / "left_out.json"
         if self.accelerator.is_main_process:
-            told.write_text(json.dumps({"images_seen": first, "images": held}, indent=2))
+            listed.write_text(json.dumps({"images_seen": first, "images": held}, indent=2))
         saved = checkpoint.checkpoints(self.config.folder)
         raise UserError(
             f"{steps} steps in a row were left out, from step {first // self.config.train.batch + 1:,} "
             f"(image {first:,}) on: their gradients were not finite, or longer than optimizer.skip; lower optimizer.lr, or use "
             "train.precision fp32, and run again: training goes on from "
             f"{saved[-1] if saved else 'the start, as there is no checkpoint yet'}. The first of these batches held "
-            f"{', '.join(held[:3])}, ... (all in {told})"
+            f"{', '.join(held[:3])}, ... (all in {listed})"
         )
 
-    def _evaluate(self, bar: "tqdm[Any]") -> None:
+    def _evaluate(self) -> None:
         """Measures the averaged model on held-out images, and draws reconstructions and samples."""
         self.watch.mark(f"the evaluation after {self.images_seen:,} images")
         self.ema.gather()
@@ -317,32 +343,35 @@ class Trainer:
         missing = self._missing()
         if self.tracker:
             self.tracker.log(self.images_seen, {f"eval/{name}": value for name, value in found.items()} | missing)
-            told = ", ".join(f"{name} {value:,.3f}" for name, value in found.items())
-            bar.write(f"{self.images_seen:,} images: held-out {told}", file=sys.stderr)
-            self._draw(self.tracker)
-        self._begin_interval()
+        told = ", ".join(f"{name} {value:,.3f}" for name, value in found.items() if isinstance(value, float))
+        self.terminal.say(f"{self.images_seen:,} images: held-out {told}")
+        self._draw()
 
     def _missing(self) -> dict[str, float]:
         """How many images of bad shards all processes had replaced since they began, if such shards are skipped."""
         if self.train_set.missing is None:
             return {}
-        count = torch.tensor(self.train_set.missing.images, device=self.device)
-        return {"data/missing_images": int(self.processes.add_up(count))}
+        images = int(self.processes.add_up(torch.tensor(self.train_set.missing.images, device=self.device)))
+        if images:
+            self._happened("missing_images", f"{images:,} images of bad shards were replaced by others since the run began")
+        return {"data/missing_images": images}
 
-    def _draw(self, tracker: Tracker) -> None:
-        folder, model = self.config.folder / "samples", self.ema.model
-        pictured = self.test_set.images(np.arange(min(PICTURED, len(self.test_set))))
-        originals = to_model(torch.from_numpy(pictured).to(self.device))
-        with torch.no_grad():
-            reconstructions = model.reconstruct(originals)
-        drawn = {
-            "samples": (model.sample(self.config.evaluate.samples, self.config.seed), None),
-            "reconstructions": (pictures.side_by_side(originals, reconstructions), 8),
-        }
-        for name, (images, columns) in drawn.items():
-            path = folder / f"{name}_{self.images_seen:09d}.png"
-            pictures.save_grid(images, path, columns)
-            tracker.picture(self.images_seen, f"samples/{name}", path)
+    def _draw(self) -> None:
+        """Pictures of samples and reconstructions by the averaged model, drawn by rank 0 while the others wait."""
+        self.watch.mark(f"the pictures after {self.images_seen:,} images")
+        self.ema.gather()
+        if self.tracker:
+            folder = self.config.folder / "samples"
+            drawn = gallery.progress(self.ema.model, self.test_set, self.config.evaluate.samples, self.config.seed)
+            for name, (images, columns) in drawn.items():
+                path = folder / f"{name}_{self.images_seen:09d}.png"
+                try:
+                    pictures.save_grid(images, path, columns)
+                except OSError as error:
+                    self._happened("not_saved", f"{path}: cannot be written ({one_line(error)}); training goes on")
+                else:
+                    self.tracker.picture(self.images_seen, f"samples/{name}", path)
+        self._begin_interval()
 
     def _save(self) -> None:
         """Hands a checkpoint to the writer, once all processes are found to hold the same weights."""
@@ -362,13 +391,13 @@ class Trainer:
             "images_seen": self.images_seen,
             "processes": self.ranks,
             "weights": fingerprints.tolist(),
-            "wandb_id": self.tracker.wandb_id,
+            "wandb_id": self.tracker.run_id,
             "scaler": scaler.state_dict() if scaler else None,
             "shards": self.train_set.fingerprint,
             "window": self.window,
-            "sums": self.sums.tolist(),
+            "sums": self.meters.state(),
             "config": as_dict(self.config),
-            "versions": {"vae_scale": __version__, "torch": torch.__version__},
+            "versions": self.versions,
         }
         mixture = self.ema.model.mixture
         fresh = self.evaluated_at == self.images_seen or not self.stage.fits_mixture
@@ -376,33 +405,14 @@ class Trainer:
             tensors["mixture"] = vars(mixture)
         self.writer.save(self.images_seen, tensors, state, self.model.describe())
 
-    def _lock(self) -> FileLock:
-        """Keeps other runs out of this run's folder, until this process ends.
-
-        Raises:
-            UserError: another run is in it.
-        """
-        folder = self.config.folder
-        lock, mine = FileLock(folder / ".lock"), True
-        if self.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(blocking=False)
-                (folder / REQUEUE).unlink(missing_ok=True)
-            except Timeout:
-                mine = False
-        if not int(broadcast(torch.tensor(int(mine), device=self.device))):
-            raise UserError(f"{folder}: is being trained by another process; stop that one, or choose another --run")
-        return lock
-
-    def _resume(self) -> tuple[str | None, dict[str, Tensor]]:
-        """Goes on from the newest whole checkpoint, if there is one; returns its wandb run's id and the optimizer's state."""
+    def _resume(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Goes on from the newest whole checkpoint, if there is one; returns its state and the optimizer's."""
         found = checkpoint.newest(self.config.folder) if self.accelerator.is_main_process else None
         # Rank 0 decides, so that all go on from the same one.
         images = torch.tensor(-1 if found is None else checkpoint.images_of(found), device=self.device)
         images_seen = int(broadcast(images))
         if images_seen < 0:
-            return None, {}
+            return {}, {}
         folder = checkpoint.folder_of(self.config.folder, images_seen)
         state, tensors = checkpoint.load(folder, "model", "ema", "optimizer")
         if self.config.train.batch_size == "auto":
@@ -423,31 +433,32 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.images_seen, self.window = images_seen, state.get("window", self.window)
-        self.sums = torch.tensor(state.get("sums", self.sums.tolist()), device=self.device)
-        self._say(f"resuming {self.config.folder} at {self.images_seen:,} images")
+        self.meters.load(state.get("sums", self.meters.state()))
+        self.terminal.say(f"resuming {self.config.folder} at {self.images_seen:,} images")
         if changed:
-            self._say(f"resuming with {', '.join(changed)}")
-        return state["wandb_id"], tensors["optimizer"]
+            self.terminal.say(f"resuming with {', '.join(changed)}")
+        return state, tensors["optimizer"]
 
     def _compiled(self, objective: Any) -> Any:
         wanted = self.config.train.compile
         on = wanted == "on" or (wanted == "auto" and self.device.type == "cuda")
         return compiling.compiled(objective) if on else objective
 
-    def _progress(self) -> "tqdm[Any]":
-        return tqdm(
-            total=self.config.train.images,
-            initial=self.images_seen,
-            unit=" images",
-            unit_scale=True,
-            desc=str(self.config.folder),
-            disable=not self.accelerator.is_main_process,
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
-            dynamic_ncols=True,
-        )
+    def _track(self) -> Tracker:
+        """Opens the run's books."""
+        config, parameters = self.config, sum(part.numel() for part in self.model.parameters())
+        self.versions = versions()
+        about = {"versions": self.versions, "parameters": parameters, "shards": self.train_set.fingerprint}
+        tracker = Tracker(config, self.images_seen, self.state.get("wandb_id"), about, self.terminal)
+        precision, device = resolve_precision(config.train.precision), self.device.type
+        kind = "resumed" if self.images_seen else "started"
+        told = f"{parameters:,} parameters, {self.ranks} x {device}, {precision}, batches of {config.train.batch:,}"
+        tracker.event(self.images_seen, kind, f"{kind}: {told}")
+        return tracker
 
-    def _say(self, text: str) -> None:
-        self.accelerator.print(text, flush=True)
+    def _progress(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the progress bar is drawn."""
+        return self.terminal.progress(str(self.config.folder), self.config.train.images, self.images_seen)
 
 
 def _memory(device: torch.device) -> float:

@@ -9,7 +9,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
 
@@ -49,14 +49,16 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         rank: This process.
         ranks: All processes.
         timeout: Seconds from one mark to the next that are too long.
+        tell: Told the reason before the process ends.
     """
 
-    def __init__(self, rank: int, ranks: int, timeout: float) -> None:
-        self._rank, self._ranks, self._timeout = rank, ranks, timeout
+    def __init__(self, rank: int, ranks: int, timeout: float, tell: Callable[[str], None] = lambda reason: None) -> None:
+        self._rank, self._ranks, self._timeout, self._tell_why = rank, ranks, timeout, tell
         self._pause = min(timeout / HEARTBEATS, LONGEST)
         self._last = Heartbeat(0, 0, "the start", f"process {os.getpid()} on {socket.gethostname()}")
         self._closed = threading.Event()
-        self._store: TCPStore | None = None
+        self._telling: TCPStore | None = None
+        self._asking: TCPStore | None = None
 
     def mark(self, place: str) -> None:
         """Tells that this process gets further: it is at `place` now."""
@@ -64,16 +66,19 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
 
     def __enter__(self) -> "Watch":
         if self._ranks > 1:
-            # A connection of its own: the process group's is held by whoever waits for an answer.
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            wait = timedelta(seconds=self._timeout)
-            self._store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
+            # Connections of its own, one for each: who waits for an answer holds the connection.
+            self._telling, self._asking = self._connected(), self._connected()
             self._tell(0)
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
+
+    def _connected(self) -> TCPStore:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        wait = timedelta(seconds=self._timeout)
+        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
 
     def _watch(self) -> None:
         # Heartbeats are counted instead of seconds, so that time in which this process itself was stopped does not count.
@@ -100,27 +105,25 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
             time.sleep(GRACE * self._pause)  # one says it for all
         else:
             found = verdict(before, now, self._ranks)
-            print(
-                f"\nerror: no process got any further for {self._timeout:g} s (train.timeout): {found}; run the same command "
-                "again to go on from the last checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
+            reason = f"no process got any further for {self._timeout:g} s (train.timeout): {found}"
+            again = "run the same command again to go on from the last checkpoint"
+            print(f"\nerror: {reason}; {again}", file=sys.stderr, flush=True)
+            self._tell_why(reason)
         os._exit(1)  # the main thread cannot be reached where it waits
 
     def _tell(self, number: int) -> None:
-        if self._store is None:
+        if self._telling is None:
             return
         try:
-            self._store.set(f"watch/{self._rank}", json.dumps(astuple(replace(self._last, number=number))))
+            self._telling.set(f"watch/{self._rank}", json.dumps(astuple(replace(self._last, number=number))))
         except RuntimeError:  # the launcher is gone; training goes on without
-            self._store = None
+            self._telling = None
 
     def _ask(self) -> dict[int, Heartbeat]:
         """The last heartbeat of each process; none where the store does not answer."""
         found: dict[int, Heartbeat] = {}
-        store = self._store
-        if store is None:
+        store = self._asking
+        if store is None or self._telling is None:
             return found
 
         def ask() -> None:
@@ -129,7 +132,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
                     if store.check([f"watch/{rank}"]):
                         found[rank] = Heartbeat(*json.loads(store.get(f"watch/{rank}")))
 
-        # The store can be with a process that is stopped, and would then be waited for, whatever its timeout.
+        # The store can be with a process that is stopped, or beyond a cut link, and would be waited for, whatever its timeout.
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(self._pause)

@@ -1,0 +1,91 @@
+"""What a run prints: lines and a bar for people, JSON for programs, and errors with their rank."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import termios
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from launch import command, environment
+
+MORE = ["--train.images=48", "--train.log_every=1", "--track.tracker=none", "--evaluate.every=36"]
+
+
+def test_json_is_all_that_is_on_standard_output_and_holds_what_the_files_hold(shards: Path, tmp_path: Path) -> None:
+    words = command(1, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, *MORE, "--log=json")
+    ran = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert not ran.stderr
+    printed = [json.loads(line) for line in ran.stdout.splitlines()]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert lines
+        assert all(line in printed for line in lines)
+    assert [line["event"] for line in printed if "event" in line] == ["started", "finished"]
+    assert [line["images"] for line in printed if "train/loss" in line] == [12, 24, 36, 48]
+    assert any("held-out nats" in line.get("note", "") for line in printed)
+    times = [datetime.fromisoformat(line["time"]) for line in printed if "event" in line]
+    assert times[0] <= times[1]
+
+
+def test_a_terminal_has_a_bar_with_speed_loss_wait_and_the_time_left(shards: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 240))
+    words = command(1, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, *MORE)
+    process = subprocess.Popen(words, env=environment(), stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    told = b""
+    while True:
+        try:
+            told += os.read(ours, 4096)
+        except OSError:  # how Linux tells that the other end is closed
+            break
+    os.close(ours)
+    assert process.wait() == 0, told
+    bar = re.compile(r"\d+%\|.*\| [\d.]+/48\.0 \[\d\d:\d\d<\d\d:\d\d], [\d.]+ bits/dim, \d+ images/s, waits [\d.]+%")
+    assert bar.search(told.decode()), told
+
+
+def test_where_output_is_a_file_the_bar_is_a_line_now_and_then(shards: Path, tmp_path: Path) -> None:
+    words = command(1, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, *MORE)
+    ran = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert "\r" not in ran.stdout + ran.stderr
+    assert f"{tmp_path} 12 of 48 images, " in ran.stderr
+    assert re.search(r"images/s, waits [\d.]+%, \d\d:\d\d left\n", ran.stderr)
+
+
+def test_each_rank_says_its_errors_with_its_name_and_nothing_else(shards: Path, tmp_path: Path) -> None:
+    words = command(2, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, "--train.batch_size=13")
+    ran = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert ran.returncode != 0
+    errors = [line for line in ran.stderr.splitlines() if line.startswith(("error:", "rank "))]
+    assert errors
+    assert all(re.match(r"rank [01]: error: train\.batch_size is 13; it must be a multiple of 2", line) for line in errors)
+    assert len(errors) == len(set(errors))
+
+
+def test_samples_are_drawn_at_powers_of_two_until_the_first_evaluation(shards: Path, tmp_path: Path) -> None:
+    from vae_scale.config import parse
+    from vae_scale.training.trainer import Trainer
+
+    words = [f"--data.shards={shards}", *TINY, "--track.tracker=none", "--train.images=1200", "--evaluate.every=600"]
+    for run, option, images in (("a", "true", [264, 516, 600, 1200]), ("b", "false", [600, 1200])):
+        Trainer(parse([*words, f"--run={tmp_path / run}", f"--evaluate.early={option}"])[0]).run()
+        drawn = sorted((tmp_path / run / "samples").glob("samples_*.png"))
+        assert [int(path.stem.split("_")[1]) for path in drawn] == images
+
+
+@pytest.mark.parametrize("word", ["text", "true", "null"])
+def test_other_kinds_of_log_are_refused(word: str) -> None:
+    from vae_scale.config import parse
+    from vae_scale.errors import UserError
+
+    with pytest.raises(UserError, match="log"):
+        parse([f"--log={word}"])
