@@ -113,6 +113,10 @@ def test_between_two_log_lines_nothing_waits_for_the_device(shards: Path, tmp_pa
     assert waits(events) == {"aten::_fused_adamw_"}  # whose kernel for CPUs reads the number of steps; that for GPUs does not
 
 
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
 def waits(events: Iterable[Any]) -> set[str | None]:
     """From which operators a number is fetched to Python or to the host."""
     items = [event for event in events if event.name == "aten::item"]
@@ -145,6 +149,12 @@ def test_a_batch_that_gives_nan_is_left_out_counted_and_changes_nothing(
     assert set(losses(tmp_path)) == {12, 24, 36, 72, 84}
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
     assert trainer.update.adamw.state[next(trainer.model.parameters())]["step"] == 5
+    assert [(event["event"], event["images"]) for event in events(tmp_path)] == [
+        ("started", 0),
+        ("left_out", 48),
+        ("left_out", 60),
+        ("finished", 84),
+    ]
 
 
 def test_too_many_in_a_row_stop_the_run_and_tell_what_was_in_the_first(
@@ -160,6 +170,8 @@ def test_too_many_in_a_row_stop_the_run_and_tell_what_was_in_the_first(
     assert told["images_seen"] == first
     assert told["images"] == trainer.train_set.names(trainer.stream.plan.rows(first))
     assert f"training goes on from {checkpoint.newest(tmp_path)}" in str(error.value)
+    assert events(tmp_path)[-1]["event"] == "failed"
+    assert events(tmp_path)[-1]["text"] == " ".join(str(error.value).split())
 
 
 def test_fsdp2_trains_saves_and_resumes_as_ddp_does_and_ddp_goes_on_from_it(shards: Path, tmp_path: Path) -> None:
