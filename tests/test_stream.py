@@ -126,6 +126,21 @@ def test_memory_stays_within_two_windows_and_the_batches(tmp_path: Path, encodin
     assert budget + 4e6 < content.nbytes / 2
 
 
+HALF_READ = """
+import sys
+from vae_scale.data.shards import ShardSet
+from vae_scale.data.stream import Stream
+batches = iter(Stream(ShardSet.open(sys.argv[1]), 32, seed=1))
+next(batches)
+print("read")
+"""
+
+
+def test_a_program_may_end_with_a_stream_half_read(shards: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", HALF_READ, str(shards)], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "read\n", "")
+
+
 def test_a_shard_that_vanishes_ends_the_stream_with_its_name(shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)

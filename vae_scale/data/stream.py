@@ -1,5 +1,6 @@
 """Batches of images, gathered ahead of the trainer by threads."""
 
+import atexit
 import itertools
 import queue
 import threading
@@ -170,12 +171,19 @@ class Stream:
                 thread.start()
             begun.wait()
             torch.set_num_threads(torch_threads)  # or threads that begin from now on would have one, too
-            try:
-                yield from self._take(ready, free, pinned)
-            finally:
+
+            def stop() -> None:
                 free.put(None)
                 for thread in threads:
                     thread.join(timeout=1)  # it may wait for a shard that is still on its way
+
+            # A program may end with the stream half read, and would be aborted while threads of it copy.
+            atexit.register(stop)
+            try:
+                yield from self._take(ready, free, pinned)
+            finally:
+                atexit.unregister(stop)
+                stop()
 
     def _take(
         self, ready: "queue.SimpleQueue[_Results]", free: "queue.SimpleQueue[Tensor | None]", pinned: bool
