@@ -122,8 +122,8 @@ def test_memory_stays_within_two_windows_and_the_batches(tmp_path: Path, encodin
     shard = content.nbytes / shards
     # Two windows of two shards, of which one pair is let go of while the next is loading, and the ring of batches.
     budget = (3 * 2) * shard * 1.1 + (2 + 2) * 32 * 96 * 96 * 3
-    assert int(told.stdout) < budget + 4e6
-    assert budget + 4e6 < content.nbytes / 2
+    assert int(told.stdout) < budget + 6e6  # what allocators keep
+    assert budget + 6e6 < content.nbytes / 2
 
 
 HALF_READ = """
