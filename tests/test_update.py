@@ -188,3 +188,15 @@ def test_fsdp2_trains_saves_and_resumes_as_ddp_does_and_ddp_goes_on_from_it(shar
         assert ours.keys() == theirs.keys()
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_averaged_in_bf16_train_alike_to_its_rounding_and_processes_stay_the_same(
+    shards: Path, tmp_path: Path
+) -> None:
+    words = [f"--data.shards={shards}", *TINY, "--track.tracker=none", "--train.log_every=1", "--train.images=60"]
+    train(2, *words, f"--run={tmp_path / 'fp32'}")
+    for name, config in (("ddp", DDP), ("fsdp2", FSDP2)):
+        train(2, *words, f"--run={tmp_path / name}", "--train.exchange=bf16", config=config)  # which compares the processes
+        exact, rounded = losses(tmp_path / "fp32"), losses(tmp_path / name)
+        assert list(rounded.values()) == pytest.approx(list(exact.values()), rel=1e-2)
+        assert list(rounded.values())[1:] != pytest.approx(list(exact.values())[1:], rel=1e-7)  # it is used

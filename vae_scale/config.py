@@ -199,6 +199,7 @@ class TrainConfig:
             memory, found when a run begins and kept for the rest of it.
         accumulation: Pieces in which each process takes its share of a batch, to save memory.
         precision: auto is bf16 where the hardware has it, else fp32.
+        exchange: Precision in which processes average their gradients; bf16 halves what goes over the network, and rounds.
         compile: torch.compile; auto is on for GPUs.
         ema: Decay per step of the averaged weights that evaluation and sampling use.
         log_every: Optimizer steps between two log lines.
@@ -209,6 +210,7 @@ class TrainConfig:
     batch_size: int | Literal["auto"] = 256
     accumulation: int = 1
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
+    exchange: Literal["fp32", "bf16"] = "fp32"
     compile: Literal["auto", "on", "off"] = "auto"
     ema: float = 0.999
     log_every: int = 50

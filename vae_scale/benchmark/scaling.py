@@ -177,16 +177,19 @@ def table(predictions: list[Prediction]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Size:
-    """Of what is trained: parameters, numbers of an image's latent, floating-point operations of its gradients."""
+    """Of what is trained.
+
+    Attributes:
+        parameters: All of them.
+        gradient_bytes: As processes exchange them, whatever the precision of the step.
+        latents: Numbers of an image's latent.
+        flops: Floating-point operations of an image's gradients.
+    """
 
     parameters: int
+    gradient_bytes: int
     latents: int
     flops: int
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Gradients are exchanged in fp32, whatever the precision of the step."""
-        return 4 * self.parameters
 
 
 def size(config: Config) -> Size:
@@ -209,4 +212,6 @@ def size(config: Config) -> Size:
             return objective(images, draws, one, one)[0]
 
         flops = count_flops(loss)
-    return Size(sum(part.numel() for part in model.parameters()), math.prod(model.latent_shape), flops)
+    parameters = sum(part.numel() for part in model.parameters())
+    each = 2 if config.train.exchange == "bf16" else 4
+    return Size(parameters, each * parameters, math.prod(model.latent_shape), flops)

@@ -10,7 +10,12 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+)
 
 from vae_scale.config import TrainConfig
 from vae_scale.errors import UserError
@@ -35,7 +40,8 @@ def start(config: TrainConfig) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     else:
         keep_memory()
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    hook = DDPCommunicationHookType.BF16 if config.exchange == "bf16" else DDPCommunicationHookType.NO
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)
     # Longer than the watch waits, which says for whom.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=1.5 * config.timeout))
     mixed = precision if precision in ("bf16", "fp16") else "no"

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import str_to_bool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vae_scale.errors import UserError
@@ -21,8 +21,14 @@ def wanted() -> bool:
     return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
 
 
-def shard(objective: nn.Module, device: torch.device, processes: int) -> FSDPModule:
+def shard(objective: nn.Module, device: torch.device, processes: int, exchange: str) -> FSDPModule:
     """Deals the weights below `objective` out to all processes, block by block.
+
+    Args:
+        objective: From images to the loss.
+        device: Where this process computes.
+        processes: All of them.
+        exchange: fp32 or bf16, in which gradients are averaged.
 
     Raises:
         UserError: a weight is a single number, which cannot be dealt out.
@@ -32,10 +38,11 @@ def shard(objective: nn.Module, device: torch.device, processes: int) -> FSDPMod
     for parameter in objective.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP2 knows no channels_last weights; activations stay so
     mesh = init_device_mesh(device.type, (processes,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if exchange == "bf16" else None)
     for module in objective.modules():
         if isinstance(module, Block):
-            fully_shard(module, mesh=mesh)
-    return fully_shard(objective, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class Trainer:
     def _distributed(self, objective: Objective) -> Any:
         """The objective, whose gradients are those of all processes."""
         if sharding.wanted():
-            return sharding.shard(objective, self.device, self.ranks)
+            return sharding.shard(objective, self.device, self.ranks, self.config.train.exchange)
         return self.accelerator.prepare(objective)
 
     def run(self) -> None:
