@@ -1,5 +1,6 @@
 """Configuration: preset < YAML file < command line, and one clear line for each mistake."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from options_table import described
 
 from vae_scale.config import Config, VAEConfig, as_dict, as_yaml, check_processes, model_from_dict, parse
 from vae_scale.errors import UserError
@@ -114,6 +116,18 @@ def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     code = "import sys; from vae_scale.config import parse; parse([]); print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert run.stdout.strip() == "False"
+
+
+def test_help_says_what_every_option_means_and_names_no_class(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "<class" not in told
+    for kind in (Config, *(part.type for part in dataclasses.fields(Config) if dataclasses.is_dataclass(part.type))):
+        for name, text in described(kind).items():
+            if kind is not Config or not dataclasses.is_dataclass(Config.__annotations__[name]):  # sections have titles
+                assert text.replace("\\|", "|")[:50] in told, name
 
 
 def test_a_networks_configuration_survives_json_and_is_checked() -> None:

@@ -323,6 +323,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     """
     parser = ArgumentParser(
         prog="python -m vae_scale.train",
+        usage="python -m vae_scale.train [--config FILE] [--dry-run] [--OPTION VALUE ...]",
         description="Train a VAE. To resume, run the same command again.",
         exit_on_error=False,
     )
