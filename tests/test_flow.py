@@ -9,7 +9,7 @@ import torch
 from conftest import COUNTS, TINY
 from safetensors.torch import load_file
 
-from launch import losses, train
+from launch import DDP, FSDP2, losses, train
 from vae_scale.config import parse
 from vae_scale.errors import UserError
 from vae_scale.evaluate import main as evaluate
@@ -186,13 +186,14 @@ def test_the_second_stage_resumes_bit_for_bit(shards: Path, vae: Path, tmp_path:
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
-def test_one_and_two_processes_train_the_second_stage_alike(shards: Path, vae: Path, tmp_path: Path) -> None:
+def test_one_and_two_processes_train_the_second_stage_alike_by_ddp_and_fsdp2(shards: Path, vae: Path, tmp_path: Path) -> None:
     more = ("--train.images=60", "--train.log_every=1")
-    for processes in (1, 2):
-        train(processes, *words(shards, vae, tmp_path / str(processes), *more))
-    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
-    assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4)
+    for name, processes, config in (("one", 1, DDP), ("ddp", 2, DDP), ("fsdp2", 2, FSDP2)):
+        train(processes, *words(shards, vae, tmp_path / name, *more), config=config)
+    one = list(losses(tmp_path / "one").values())
     assert len(one) == 5
+    for name in ("ddp", "fsdp2"):
+        assert list(losses(tmp_path / name).values()) == pytest.approx(one, rel=1e-4)
 
 
 def test_a_second_stage_without_a_first_is_refused(shards: Path, vae: Path, tmp_path: Path) -> None:

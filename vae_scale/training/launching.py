@@ -104,7 +104,7 @@ def asked_of_launcher() -> int:
         try:
             content = yaml.safe_load(Path(options["config_file"]).read_text())
             return int(content.get("num_processes", 1))
-        except (OSError, yaml.YAMLError, AttributeError, ValueError):
+        except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError):
             return 1
     return 1
 
