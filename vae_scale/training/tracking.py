@@ -59,7 +59,8 @@ class Tracker:
         """
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "images": images_seen, "event": kind, "text": text}
         self._events.append(json.dumps(line))
-        self._terminal.record(line, f"{images_seen:,} images: {text}")
+        # What ends a run is said on standard error, whoever finds it.
+        self._terminal.record(line, "" if kind == "failed" else f"{images_seen:,} images: {text}")
         if self._service:
             self._service.event(images_seen, kind, text)
 

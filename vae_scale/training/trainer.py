@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 import psutil
@@ -110,11 +111,12 @@ class Trainer:
             config.folder,
             config.checkpoint.keep,
             config.checkpoint.keep_every,
-            lambda text: self._happened("not_saved", text),
+            partial(self._happened, "not_saved"),
             self.tracker.checkpoint if self.tracker else None,
         )
         self.stopping = Stopping(self.device)
-        self.watch, self.pace = Watch(self.rank, self.ranks, config.train.timeout, self._failed), Pace(self.device)
+        self.watch = Watch(self.rank, self.ranks, config.train.timeout, partial(self._happened, "failed"))
+        self.pace = Pace(self.device)
         self.processes = dataclasses.replace(self.processes, mark=self.watch.mark)
         self.evaluated_at = -1
 
@@ -161,7 +163,7 @@ class Trainer:
                             break
                 self.writer.wait()
         except Exception as error:
-            self._failed(one_line(error))
+            self._happened("failed", one_line(error))
             if self.tracker:
                 self.tracker.close(failed=True)
             raise
@@ -188,11 +190,6 @@ class Trainer:
         """Tells of an event in the run's life; see `Tracker.event`."""
         if self.tracker:
             self.tracker.event(self.images_seen, kind, text)
-
-    def _failed(self, reason: str) -> None:
-        """Notes why the run ends early. The process that ends says it on standard error by itself."""
-        if self.tracker:
-            self.tracker.event(self.images_seen, "failed", reason)
 
     def _advance(self, batch: Batch) -> None:
         """One step, and what is due after it: only a checkpoint, where the run has to stop."""
