@@ -6,7 +6,7 @@ DEMO = runs/demo
 MINUTES ?= 30
 KILLS ?= 50
 
-.PHONY: demo quality soak test check clean
+.PHONY: demo quality soak test test-cluster check clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m vae_scale.pack --source photos --out data/demo
@@ -34,6 +34,10 @@ soak: $(VENV)/dev
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest
+
+# On a real SLURM, and on hosts with networks of their own; as root. What is not installed is skipped.
+test-cluster: $(VENV)/dev
+	$(BIN)/python -m pytest -m cluster -rs
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-DDP, FSDP2 = (Path(__file__).parent.parent / "launch" / name for name in ("ddp.yaml", "fsdp2.yaml"))
+LAUNCH = Path(__file__).parent.parent / "launch"
+DDP, FSDP2, MULTI_NODE = (LAUNCH / name for name in ("ddp.yaml", "fsdp2.yaml", "multi_node.yaml"))
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 

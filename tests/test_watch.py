@@ -72,6 +72,19 @@ def test_a_stopped_process_is_named_and_the_others_end(launched: Launched) -> No
     assert "gave no sign of life" in line
 
 
+def test_where_the_store_does_not_answer_either_a_process_still_ends_and_says_so(launched: Launched) -> None:
+    stopped = [psutil.Process(launched.launcher.pid), launched.ranks[1]]  # the store is the launcher's
+    for each in stopped:
+        each.suspend()
+    end = time.monotonic() + TIMEOUT + 4
+    while f"for {TIMEOUT} s (train.timeout): the launcher's store does not answer" not in launched.text():
+        assert time.monotonic() < end, launched.text()
+        time.sleep(0.05)
+    for each in stopped:
+        each.resume()
+    assert launched.launcher.wait(20) != 0
+
+
 def test_a_killed_process_takes_the_others_down_at_once_and_is_named(launched: Launched) -> None:
     launched.ranks[1].send_signal(signal.SIGKILL)
     assert launched.seconds_of(0) < 3
