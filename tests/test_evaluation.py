@@ -27,10 +27,15 @@ def model() -> VAE:
 
 def test_the_elbo_does_not_depend_on_the_batch_size(model: VAE, shards: Path) -> None:
     test_set = ShardSet.open(shards).select("test")
-    whole = evaluate(model, test_set, 30, 30, seed=0)
-    assert evaluate(model, test_set, 30, 7, seed=0) == pytest.approx(whole, rel=1e-5)
-    assert evaluate(model, test_set, 10_000, 7, seed=0) == pytest.approx(whole, rel=1e-5)
-    assert evaluate(model, test_set, 30, 7, seed=1) != pytest.approx(whole, rel=1e-5)
+
+    def numbers(images: int, batch: int, seed: int) -> list[float]:
+        found = evaluate(model, test_set, images, batch, seed)
+        return [*found.pop("kl_nats_per_channel"), *found.values()]
+
+    whole = numbers(30, 30, seed=0)
+    assert numbers(30, 7, seed=0) == pytest.approx(whole, rel=1e-5)
+    assert numbers(10_000, 7, seed=0) == pytest.approx(whole, rel=1e-5)
+    assert numbers(30, 7, seed=1) != pytest.approx(whole, rel=1e-5)
 
 
 def test_the_shares_of_all_ranks_add_up_to_the_whole(model: VAE, shards: Path) -> None:
@@ -39,6 +44,8 @@ def test_the_shares_of_all_ranks_add_up_to_the_whole(model: VAE, shards: Path) -
     shares = [evaluate(model, test_set, 29, 8, 0, Processes(rank, 3)) for rank in range(3)]
     for name in ("nats", "reconstruction_nats", "kl_nats", "psnr_db"):
         assert sum(share[name] for share in shares) == pytest.approx(whole[name], rel=1e-5)
+    channels = zip(*(share["kl_nats_per_channel"] for share in shares), strict=True)
+    assert [sum(parts) for parts in channels] == pytest.approx(whole["kl_nats_per_channel"], rel=1e-5)
 
 
 def test_the_prior_does_not_depend_on_the_batch_size(model: VAE, shards: Path) -> None:
