@@ -33,7 +33,7 @@ soak: $(VENV)/dev
 	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 2 --precision bf16
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # On a real SLURM, and on hosts with networks of their own; as root. What is not installed is skipped.
 test-cluster: $(VENV)/dev

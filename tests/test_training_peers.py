@@ -31,10 +31,10 @@ def trainer_of(shards: Path, run: Path, *words: str) -> Trainer:
 
 @pytest.fixture(scope="module")
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Trainer, list[Peer], dict[str, str]]]:
-    """A trainer of a network that all families know, and the peers after three runs each."""
+    """A trainer of a network that all families know, and the peers after two runs each."""
     trainer = trainer_of(shards, tmp_path_factory.mktemp("run"), *KL)
     found, missing = peers(trainer, 0.2, tmp_path_factory.mktemp("peers"))
-    for _ in range(3):
+    for _ in range(2):
         for peer in found:
             assert peer.run() > 0
     yield trainer, found, missing

@@ -194,7 +194,7 @@ def test_gradients_averaged_in_bf16_train_alike_to_its_rounding_and_processes_st
     shards: Path, tmp_path: Path
 ) -> None:
     words = [f"--data.shards={shards}", *TINY, "--track.tracker=none", "--train.log_every=1", "--train.images=60"]
-    train(2, *words, f"--run={tmp_path / 'fp32'}")
+    trainer_of(shards, tmp_path / "fp32", "--train.log_every=1", "--train.images=60").run()
     for name, config in (("ddp", DDP), ("fsdp2", FSDP2)):
         train(2, *words, f"--run={tmp_path / name}", "--train.exchange=bf16", config=config)  # which compares the processes
         exact, rounded = losses(tmp_path / "fp32"), losses(tmp_path / name)
