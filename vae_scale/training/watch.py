@@ -108,7 +108,8 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
             reason = f"no process got any further for {self._timeout:g} s (train.timeout): {found}"
             again = "run the same command again to go on from the last checkpoint"
             print(f"\nerror: {reason}; {again}", file=sys.stderr, flush=True)
-            self._tell_why(reason)
+            with contextlib.suppress(Exception):  # whatever it meets, the process ends
+                self._tell_why(reason)
         os._exit(1)  # the main thread cannot be reached where it waits
 
     def _tell(self, number: int) -> None:
