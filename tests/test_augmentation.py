@@ -41,3 +41,10 @@ def test_colours_stay_in_range_and_move_as_told() -> None:
     assert (grey.std(1) < 0.2 * IMAGES.std(1)).all()
     strong = augment(IMAGES, torch.ones(6, 6), 0.9, 0.9)
     assert strong.abs().max() <= 1
+
+
+def test_under_autocast_no_pixel_moves() -> None:
+    numbers = torch.rand(6, 6) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = augment(IMAGES, numbers, 0.5, 0.0)
+    assert torch.equal(lowered, augment(IMAGES, numbers, 0.5, 0.0))

@@ -34,6 +34,19 @@ def test_the_report_is_printed_and_written(
     assert "random permutation" in printed
 
 
+def test_the_bare_step_unscales_gradients(shards: Path) -> None:
+    config = read(["step", f"--data.shards={shards}", *TINY])[1]
+    assert config is not None
+    moments = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        with training.opened(config) as subject:
+            subject.trainer.accelerator.scaler = scaler
+            subject.step()
+            adamw = subject.trainer.update.adamw
+            moments.append(torch.cat([state["exp_avg"].flatten() for state in adamw.state.values()]))
+    torch.testing.assert_close(moments[0], moments[1], rtol=1e-3, atol=1e-6)
+
+
 def test_a_wider_window_shuffles_better_and_all_shards_as_well_as_chance() -> None:
     one, four, everything, chance = data.shuffle_quality([50] * 20, 10, [1, 4, 20])
     assert one.same_shard > 0.95 > four.same_shard > everything.same_shard

@@ -44,6 +44,20 @@ def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path) ->
     assert load(folder, "model")[1]["model"]["w"].sum() == 0
 
 
+def test_the_buffers_of_a_checkpoint_are_used_again(tmp_path: Path) -> None:
+    model, writer = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last), Writer(tmp_path, 3)
+    places = []
+    for count in (12, 24):
+        writer.save(count, {"model": dict(model.named_parameters())}, {}, {})
+        places.append([tensor.data_ptr() for tensor in writer._staged["model"].values()])
+        with torch.no_grad():
+            model.weight.add_(1)
+    writer.wait()
+    assert places[0] == places[1]
+    first, second = (load(folder, "model")[1]["model"]["weight"] for folder in checkpoints(tmp_path))
+    assert torch.allclose(second, first + 1)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from launch import DDP, FSDP2, train
 from vae_scale.training import compiling
+
+COUNTED = str(Path(__file__).parent / "programs" / "compiled.py")
 
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
 STEP = """
@@ -94,3 +98,30 @@ def test_quick_compiling_is_not_told() -> None:
         torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
     torch.compile(lambda x: x - 1, backend="eager")(torch.ones(3))  # nobody listens any more
     assert told == []
+
+
+LADDER = ("--model.preset=ladder", "--model.patch=4")
+HIGHEST_DEFAULT = 8  # graphs of a function, by torch's own limit
+
+
+@pytest.mark.parametrize(
+    ("processes", "config", "options", "graphs"),
+    [
+        (1, DDP, (), 1),
+        (1, DDP, ("--train.accumulation=2", "--data.crop=0.2"), 1),
+        (2, DDP, ("--train.accumulation=2",), 1),
+        (2, FSDP2, ("--train.accumulation=2",), None),
+        (2, FSDP2, LADDER, None),
+    ],
+    ids=["one process", "accumulation", "DDP", "FSDP2", "FSDP2 ladder"],
+)
+def test_the_first_step_compiles_all_graphs_and_nothing_falls_back_to_eager(
+    shards: Path, tmp_path: Path, processes: int, config: Path, options: tuple[str, ...], graphs: int | None
+) -> None:
+    words = [f"--data.shards={shards}", f"--run={tmp_path / 'run'}", *TINY, "--track.tracker=none", "--train.compile=on"]
+    words += ["--train.images=24", "--evaluate.every=12", "--checkpoint.every=12", *options]
+    train(processes, tmp_path / "graphs", *words, program=COUNTED, config=config)
+    for rank in range(processes):
+        first, *others = json.loads((tmp_path / f"graphs.{rank}").read_text())
+        assert first == graphs or (graphs is None and first > HIGHEST_DEFAULT)
+        assert others == [first]  # evaluation and checkpoints included

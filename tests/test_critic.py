@@ -88,6 +88,22 @@ def test_the_push_makes_images_look_more_real_to_the_critic() -> None:
     assert model.critic(shown - step)[0].mean() > model.critic(shown)[0].mean()
 
 
+@pytest.mark.parametrize("heard", [0.0, 1.0])
+def test_in_fp16_it_is_finite_and_pushes_as_in_fp32(heard: float) -> None:
+    loss_of = objective(adversarial=0.5, perceptual=0.5)
+    with torch.no_grad():
+        loss_of.model.likelihood.log_scale.fill_(-5.8)  # type: ignore[operator,union-attr]
+    assert loss_of.model.critic is not None
+    for layer in loss_of.model.critic.layers:  # whose verdicts say hardly anything: their gradients are below fp16's range
+        torch.nn.init.normal_(layer.weight, std=2e-3)  # type: ignore[arg-type]
+    exact = gradients(loss_of, heard, IMAGES, NOISE)
+    with torch.autocast("cpu", torch.float16):
+        lowered = gradients(loss_of, heard, IMAGES, NOISE)
+    assert all(gradient.isfinite().all() for gradient in lowered.values())
+    for name in ("critic.layers.0.weight", "critic.head.weight", "decoder.head.weight"):
+        assert torch.nn.functional.cosine_similarity(lowered[name].flatten(), exact[name].flatten(), dim=0) > 0.98
+
+
 def test_a_critic_learns_to_tell_real_images_from_others() -> None:
     torch.manual_seed(0)
     critic = Critic(8)

@@ -125,7 +125,7 @@ def test_kl_is_torchs_own_and_what_sampling_says() -> None:
 def test_continuous_likelihoods_integrate_to_one_over_grey_levels(power: int, scale: float) -> None:
     likelihood = Scaled(power, scale)  # type: ignore[arg-type]
     x = torch.linspace(-8, 8, 400_001, dtype=torch.float64).float()
-    density = likelihood.log_prob(torch.full((len(x), 1), 0.3), x[:, None]).double().exp()
+    density = likelihood.log_prob(torch.full((len(x), 1, 1, 1), 0.3), x[:, None, None, None]).double().exp()
     assert torch.trapezoid(density, x.double() * LEVELS_PER_UNIT).item() == pytest.approx(1, abs=1e-3)
 
 
@@ -140,11 +140,11 @@ def test_continuous_likelihoods_are_torchs_own() -> None:
 def test_classic_likelihoods_are_a_density_and_a_distribution(kind: str) -> None:
     likelihood = Classic(kind)  # type: ignore[arg-type]
     if kind == "bce":  # over black and white
-        x = torch.tensor([[-1.0], [1.0]])
-        assert likelihood.log_prob(torch.full((2, 1), 0.7), x).exp().sum().item() == pytest.approx(1, abs=1e-6)
+        x = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1)
+        assert likelihood.log_prob(torch.full((2, 1, 1, 1), 0.7), x).exp().sum().item() == pytest.approx(1, abs=1e-6)
     else:
         x = torch.linspace(-16, 16, 200_001, dtype=torch.float64).float()
-        density = likelihood.log_prob(torch.full((len(x), 1), 0.7), x[:, None]).double().exp()
+        density = likelihood.log_prob(torch.full((len(x), 1, 1, 1), 0.7), x[:, None, None, None]).double().exp()
         levels = (x.double() + 1) / 2 * 255
         assert torch.trapezoid(density, levels).item() == pytest.approx(1, abs=1e-3)
 

@@ -27,7 +27,7 @@ from vae_scale.training.trainer import train
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     words = [f"--data.shards={shards}", f"--run={folder}", *TINY, "--track.tracker=none", "--model.latent=vector"]
-    train(parse([*words, "--train.images=480", "--evaluate.every=240"])[0])
+    train(parse([*words, "--train.images=480", "--evaluate.every=240", "--checkpoint.every=240"])[0])
     return folder
 
 

@@ -76,6 +76,7 @@ def test_samples_are_drawn_at_powers_of_two_until_the_first_evaluation(shards: P
     from vae_scale.training.trainer import Trainer
 
     words = [f"--data.shards={shards}", *TINY, "--track.tracker=none", "--train.images=600", "--evaluate.every=540"]
+    words += ["--checkpoint.every=540"]
     for run, option, images in (("a", "true", [264, 516, 540, 600]), ("b", "false", [540, 600])):
         Trainer(parse([*words, f"--run={tmp_path / run}", f"--evaluate.early={option}"])[0]).run()
         drawn = sorted((tmp_path / run / "samples").glob("samples_*.png"))

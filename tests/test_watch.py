@@ -114,6 +114,19 @@ def test_a_process_that_lives_but_stays_behind_is_named_with_its_place(tmp_path:
     assert "stayed behind at the batch after 21 steps" in processes.text()
 
 
+def test_compiling_for_longer_than_the_timeout_is_progress(tmp_path: Path) -> None:
+    processes = Launched(tmp_path, 1, 2.5 * TIMEOUT)
+    try:
+        end = time.monotonic() + 5 * TIMEOUT
+        while processes.steps() < 25:
+            assert processes.launcher.poll() is None, processes.text()
+            assert time.monotonic() < end, processes.text()
+            time.sleep(0.05)
+    finally:
+        processes.kill()
+    assert "compiling: " in processes.text()
+
+
 def beats(*told: tuple[int, int, str]) -> dict[int, Heartbeat]:
     return {rank: Heartbeat(number, marks, place, f"process {rank}") for rank, (number, marks, place) in enumerate(told)}
 
@@ -145,8 +158,8 @@ def test_training_tells_where_it_is(shards: Path, tmp_path: Path, monkeypatch: p
         "the step after 12 images",
         "the evaluation after 24 images",
         *(f"batch {number} of 30 images" for number in range(3)),
+        "the fit of the mixture after 24 images",
         *(f"batch {number} of 24 images" for number in range(2)),
-        "the pictures after 24 images",
         "the checkpoint after 24 images",
         "the wait for the batch after 24 images",
     ]

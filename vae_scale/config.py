@@ -200,7 +200,9 @@ class TrainConfig:
         accumulation: Pieces in which each process takes its share of a batch, to save memory.
         precision: auto is bf16 where the hardware has it, else fp32.
         exchange: Precision in which processes average their gradients; bf16 halves what goes over the network, and rounds.
-        compile: torch.compile; auto is on for GPUs.
+        compile: torch.compile; auto is on for GPUs. cuda_graphs also replays forward and backward pass as CUDA graphs, which
+            saves the host's time where a GPU has few images per step; it goes without objective.adversarial, .perceptual,
+            train.accumulation and FSDP2.
         ema: Decay per step of the averaged weights that evaluation and sampling use.
         log_every: Optimizer steps between two log lines.
         timeout: Seconds for which processes wait for one that gets no further; then the run ends and names it.
@@ -211,7 +213,7 @@ class TrainConfig:
     accumulation: int = 1
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = "auto"
     exchange: Literal["fp32", "bf16"] = "fp32"
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off", "cuda_graphs"] = "auto"
     ema: float = 0.999
     log_every: int = 50
     timeout: int = 600
@@ -230,12 +232,12 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Evaluation on held-out images during training.
+    """Evaluation on held-out images during training, with a picture of reconstructions.
 
     Attributes:
         every: Images between two evaluations (there is always one at the end).
         images: Held-out images used, at most.
-        samples: Images in the grid of samples.
+        samples: Images in the grid of samples, which is drawn with every checkpoint (of a flow or a ladder: every evaluation).
         early: Draw samples and reconstructions also after 256, 512, 1024, ... images, up to the first evaluation.
         latents: Training images whose latents the learned prior is fitted to, at most.
     """
@@ -252,7 +254,7 @@ class CheckpointConfig:
     """What is kept.
 
     Attributes:
-        every: Images between two checkpoints (there is always one at the end).
+        every: Images between two checkpoints (there is always one at the end). For each the mixture is fitted anew.
         keep: Newest checkpoints kept.
         keep_every: Images of which the first checkpoint after each multiple is kept, too; null for no others.
     """
@@ -476,6 +478,9 @@ def check(config: Config) -> None:
     shares = {"data.crop": config.data.crop, "data.colour": config.data.colour, "prior.hide_label": config.prior.hide_label}
     for key, value in shares.items():
         _require(0 <= value <= 0.9, key, f"is {value}; it must be 0 to 0.9")
+    if train.compile == "cuda_graphs":
+        _require(train.accumulation == 1, "train.compile", "cuda_graphs goes with train.accumulation 1")
+        _require(not config.objective.critic, "train.compile", "cuda_graphs goes without objective.adversarial and .perceptual")
     width = config.prior.width
     _require(width > 0 and width % 64 == 0, "prior.width", f"is {width}; it must be a multiple of 64")
     _require(0 <= train.ema < 1, "train.ema", f"is {train.ema}; it must be at least 0 and below 1")

@@ -71,15 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.importance < 0 or args.temperature < 0:
         raise UserError("--importance and --temperature must not be negative")
 
-    import torch
-    from accelerate import Accelerator
-
+    from vae_scale.config import TrainConfig
     from vae_scale.training.evaluation import Processes
+    from vae_scale.training.launching import device_of, start
 
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    torch.backends.cudnn.allow_tf32 = False  # numbers to compare with other machines'
-    processes = Processes.of(accelerator)
-    report = _measure(args, accelerator.device, processes)
+    accelerator = start(TrainConfig(precision="fp32"))  # figures to compare with those of other machines
+    report = _measure(args, device_of(accelerator), Processes.of(accelerator))
     if accelerator.is_main_process:
         _tell(report, args.json)
     accelerator.end_training()

@@ -1,6 +1,9 @@
 """Every random draw is keyed by what it depends on: seed, images seen or sample number, purpose.
 
-So it does not depend on how many processes there are, on batch sizes, or on what was drawn before.
+So it does not depend on how many processes there are, on batch sizes, or on what was drawn before. It does depend on the
+device: torch's generator for CUDA gives other numbers than that for CPUs, and beyond about a million numbers in one call its
+numbers also depend on the model of the GPU (on how many threads it runs at once). Processes of one run need GPUs of one model
+to draw the same noise on any number of them; a run that moves to another model goes on with other noise.
 """
 
 import hashlib

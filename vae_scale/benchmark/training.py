@@ -199,9 +199,18 @@ class Subject:
         with self._timed() as seconds:
             for _ in range(self.steps):
                 trainer._gradients(self.images, self.draws, self.arguments)
-                trainer.update.adamw.step()
-                trainer.update.adamw.zero_grad(set_to_none=True)
+                self._step_optimizer()
         return self.steps * trainer.config.train.batch / seconds()
+
+    def _step_optimizer(self) -> None:
+        """AdamW alone, without clipping; in fp16 with gradients that the scaler has unscaled."""
+        adamw, scaler = self.trainer.update.adamw, self.trainer.accelerator.scaler
+        if scaler:
+            scaler.step(adamw)
+            scaler.update()
+        else:
+            adamw.step()
+        adamw.zero_grad(set_to_none=True)
 
     def train(self, saving: bool = False) -> float:
         """Images per second of the whole trainer; where it is `saving`, with a checkpoint halfway, until that is written."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 from tqdm import tqdm
 
 from vae_scale.data.images import FORMATS, decode, opened, square
@@ -95,6 +94,8 @@ def index(sources: list[str], out: Path | None, resolution: int | None, workers:
 
 def _urls(sources: list[str]) -> list[tuple[str, str]]:
     """Each shard and its split."""
+    from braceexpand import braceexpand
+
     named: dict[str, list[str]] = {}
     for source in sources:
         split, equals, pattern = source.partition("=")

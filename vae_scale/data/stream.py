@@ -15,6 +15,7 @@ from torch import Tensor
 from vae_scale.data.plan import Plan, Rows
 from vae_scale.data.reader import LOADERS, Reader
 from vae_scale.data.shards import ShardSet
+from vae_scale.data.transfer import to_device
 
 COPIERS = 2  # threads, each with a batch of its own
 WINDOW = 16  # shards; of those that are fetched or decoded, not all are to be there at once
@@ -128,7 +129,7 @@ class Stream:
         while True:
             planned = self.plan.rows(self.images_seen, self._rank, self._ranks)
             rows = self._stands[planned]
-            yield Batch(self._resident[torch.from_numpy(rows).to(self.device)], rows, int((rows != planned).sum()))
+            yield Batch(self._resident[to_device(rows, self.device)], rows, int((rows != planned).sum()))
 
     def _from_host(self) -> Iterator[Batch]:
         """Copies batches into a ring of buffers, in threads that take turns in planning them."""

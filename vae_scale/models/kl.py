@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vae_scale.config import VAEConfig
 from vae_scale.errors import UserError
-from vae_scale.models.blocks import Block, GroupNorm, conv
+from vae_scale.models.blocks import Block, GroupNorm, chunk_channels, conv
 from vae_scale.models.likelihoods import Scaled, make_likelihood
 from vae_scale.models.resnet import FIRST_LOG_SIGMA
 from vae_scale.models.vae import VAE, Posterior
@@ -27,7 +27,7 @@ class KLVAE(VAE):
     """A residual encoder and decoder with attention at the coarsest level (Rombach et al., 2022, appendix G).
 
     f = 2 ** (levels - 1); `patch`, `attention` and `latent` of the configuration do not apply. GroupNorm has 32 groups, or
-    as many as divide `width`.
+    the largest power of two that leaves 4 channels of `width` for each.
 
     Args:
         config: `width`, `multipliers`, `blocks`, `latent_channels`, `likelihood` and `scale` count.
@@ -44,7 +44,7 @@ class KLVAE(VAE):
         if resolution % factor:
             raise UserError(f"model.multipliers: images of {resolution} pixels are not divisible by f = {factor}")
         widths = [config.width * multiplier for multiplier in config.multipliers]
-        groups = next(count for count in (32, 16, 8, 4, 2, 1) if config.width % count == 0)
+        groups = next((count for count in (32, 16, 8, 4, 2) if config.width % (4 * count) == 0), 1)
         encoder = _encoder(widths, config.blocks, config.latent_channels, groups)
         outputs = make_likelihood(config.likelihood, config.scale).channels
         decoder = _decoder(widths, config.blocks, config.latent_channels, groups, outputs)
@@ -54,7 +54,7 @@ class KLVAE(VAE):
 
     def encode(self, images: Tensor) -> Posterior:
         """The posterior of each image, from the network's mean and logarithm of the variance, clamped to [-30, 20]."""
-        mean, log_variance = self.encoder(images).float().chunk(2, 1)
+        mean, log_variance = chunk_channels(self.encoder(images).float())
         return Posterior(mean, 0.5 * log_variance.clamp(*LOG_VARIANCE))
 
     def as_diffusers(self, scaling_factor: float = 1.0) -> tuple[dict[str, Any], dict[str, Tensor]]:

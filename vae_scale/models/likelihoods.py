@@ -69,12 +69,12 @@ class Scaled(Likelihood):
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
         """See `Likelihood.log_prob`. Computed in fp32."""
-        error = (output.float() - images.float()).abs() * torch.exp(-self.log_scale)
+        error = (_channels_last(output) - _channels_last(images)).abs() * torch.exp(-self.log_scale)
         # log of the density's normaliser: sqrt(2 pi) s for the Gaussian, 2 s for Laplace, in grey levels
         unit = 0.5 * math.log(2 * math.pi) if self.power == 2 else math.log(2)
         log_normaliser = unit + self.log_scale + math.log(LEVELS_PER_UNIT)
         energy = 0.5 * error.square() if self.power == 2 else error
-        return -(energy + log_normaliser).flatten(1).sum(1)
+        return -(energy + log_normaliser).sum((1, 2, 3))
 
     def deviation(self, output: Tensor, images: Tensor) -> Tensor:
         """Mean squared (Gaussian) or absolute (Laplace) error."""
@@ -103,11 +103,11 @@ class Classic(Likelihood):
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
         """See `Likelihood.log_prob`. Computed in fp32."""
-        target = (images.float() + 1) / 2
+        output, target = _channels_last(output), (_channels_last(images) + 1) / 2
         if self.kind == "bce":
-            return -F.binary_cross_entropy_with_logits(output.float(), target, reduction="none").flatten(1).sum(1)
+            return -F.binary_cross_entropy_with_logits(output, target, reduction="none").sum((1, 2, 3))
         log_normaliser = 0.5 * math.log(math.pi) + math.log(LEVELS - 1)
-        return -((output.float().sigmoid() - target).square() + log_normaliser).flatten(1).sum(1)
+        return -((output.sigmoid() - target).square() + log_normaliser).sum((1, 2, 3))
 
     def mean(self, output: Tensor) -> Tensor:
         """The expected image."""
@@ -129,20 +129,20 @@ class LogisticMixture(Likelihood):
         self.channels = self.components * 10
 
     def _mixture(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights [b, k, h, w], and means, log-scales, coefficients [b, 3, k, h, w], in fp32."""
-        output = output.float()
-        weights, rest = output[:, : self.components], output[:, self.components :]
-        means, log_scales, coefficients = rearrange(rest, "b (n c k) h w -> n b c k h w", n=3, c=3)
+        """Weights [b, h, w, k], and means, log-scales, coefficients [b, h, w, 3, k], in fp32."""
+        weights, rest = _channels_last(output).split([self.components, 9 * self.components], 3)
+        means, log_scales, coefficients = rearrange(rest, "b h w (n c k) -> n b h w c k", n=3, c=3)
         return weights, means, log_scales.clamp(min=-7), coefficients.tanh()
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
         """See `Likelihood.log_prob`. Computed in fp32."""
         weights, means, log_scales, coefficients = self._mixture(output)
-        x = rearrange(images.float(), "b c h w -> b c 1 h w")
-        red, green, _ = x.unbind(1)
-        shift_green = coefficients[:, 0] * red
-        shift_blue = coefficients[:, 1] * red + coefficients[:, 2] * green
-        means = means + torch.stack([torch.zeros_like(shift_green), shift_green, shift_blue], 1)
+        x = _channels_last(images)[..., None]
+        red, green, _ = x.unbind(3)
+        to_green, red_to_blue, green_to_blue = coefficients.unbind(3)
+        shift_green = to_green * red
+        shift_blue = red_to_blue * red + green_to_blue * green
+        means = means + torch.stack([torch.zeros_like(shift_green), shift_green, shift_blue], 3)
         half = 1 / (self.levels - 1)
         centred, inverse = x - means, torch.exp(-log_scales)
         upper, lower = inverse * (centred + half), inverse * (centred - half)
@@ -153,17 +153,23 @@ class LogisticMixture(Likelihood):
         log_inside = torch.where(inside > 1e-5, inside.clamp(min=1e-12).log(), density)
         first, last = x < -1 + half, x > 1 - half
         log_level = torch.where(first, F.logsigmoid(upper), torch.where(last, F.logsigmoid(-lower), log_inside))
-        log_pixel = torch.logsumexp(weights.log_softmax(1) + log_level.sum(1), 1)
-        return log_pixel.flatten(1).sum(1)
+        log_pixel = torch.logsumexp(weights.log_softmax(3) + log_level.sum(3), 3)
+        return log_pixel.sum((1, 2))
 
     def mean(self, output: Tensor) -> Tensor:
         """The mixture's mean, each colour given the means of those before it."""
         weights, means, _, coefficients = self._mixture(output)
-        red = means[:, 0]
-        green = means[:, 1] + coefficients[:, 0] * red
-        blue = means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green
-        mixed = (weights.softmax(1)[:, None] * torch.stack([red, green, blue], 1)).sum(2)
+        to_green, red_to_blue, green_to_blue = coefficients.unbind(3)
+        red, green, blue = means.unbind(3)
+        green = green + to_green * red
+        blue = blue + red_to_blue * red + green_to_blue * green
+        mixed = (weights.softmax(3)[..., None, :] * torch.stack([red, green, blue], 3)).sum(4).permute(0, 3, 1, 2)
         return mixed.clamp(-1, 1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[b, c, h, w] as [b, h, w, c] in fp32: a view, through which gradients come back in channels_last memory."""
+    return x.permute(0, 2, 3, 1).float()
 
 
 def make_likelihood(name: str, scale: str | float) -> Likelihood:

@@ -4,6 +4,7 @@ from einops.layers.torch import Rearrange
 from torch import nn
 
 from vae_scale.config import VAEConfig
+from vae_scale.models.blocks import VectorToMap, map_to_vector
 from vae_scale.models.vae import VAE
 
 
@@ -25,7 +26,7 @@ class NotebookVAE(VAE):
             nn.MaxPool2d(2),
             nn.Conv2d(64, 128, 7, padding=3),
             nn.ReLU(),
-            Rearrange("b c h w -> b (c h w)"),
+            map_to_vector(),
             nn.Linear(features, 512),
             nn.ReLU(),
             nn.Linear(512, 256),
@@ -41,7 +42,7 @@ class NotebookVAE(VAE):
             nn.ReLU(),
             nn.Linear(512, features),
             nn.ReLU(),
-            Rearrange("b (c h w) -> b c h w", h=side, w=side),
+            VectorToMap(side),
             nn.ConvTranspose2d(128, 64, 5, stride=2, padding=2, output_padding=1),
             nn.ReLU(),
             nn.ConvTranspose2d(64, 32, 7, stride=2, padding=3, output_padding=1),

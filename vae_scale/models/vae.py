@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vae_scale.config import MOST_BLOCKS, VAEConfig, as_dict, model_from_dict
 from vae_scale.errors import UserError, one_line
+from vae_scale.models.blocks import chunk_channels
 from vae_scale.models.critic import Critic
 from vae_scale.models.flow import Flow, Solver
 from vae_scale.models.likelihoods import make_likelihood
@@ -50,12 +51,12 @@ class Posterior:
     def kl(self) -> Tensor:
         """KL(q || N(0, I)) in nats per image and latent channel: [b, c] (Kingma & Welling, 2014, appendix B)."""
         kl = 0.5 * (self.mean.square() + (2 * self.log_sigma).exp() - 1) - self.log_sigma
-        return kl.flatten(2).sum(2)
+        return kl.sum((2, 3))
 
     def log_ratio(self, noise: Tensor) -> Tensor:
         """log p(latent) - log q(latent | image) of `sample(noise)` under p = N(0, I), in nats per image: [b]."""
         ratio = self.log_sigma + 0.5 * (noise.square() - self.sample(noise).square())
-        return ratio.flatten(1).sum(1)
+        return ratio.sum((1, 2, 3))
 
 
 @dataclass
@@ -139,7 +140,7 @@ class VAE(nn.Module):
 
     def encode(self, images: Tensor) -> Posterior:
         """The posterior of each image."""
-        mean, log_sigma = self.encoder(images).float().chunk(2, 1)
+        mean, log_sigma = chunk_channels(self.encoder(images).float())
         return Posterior(mean, SOFT_CLAMP * torch.tanh(log_sigma / SOFT_CLAMP))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -314,7 +315,7 @@ class VAE(nn.Module):
             raise UserError(f"{folder}: not a model of vae_scale, or damaged ({reason})") from None
         if not isinstance(model, cls):
             raise UserError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}")
-        return model.eval()
+        return model.eval().to(memory_format=torch.channels_last)
 
 
 def _size(description: dict[str, object], name: str) -> int:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from vae_scale.data.plan import Rows, evaluation_rows
 from vae_scale.data.shards import ShardSet
+from vae_scale.data.transfer import to_device
 from vae_scale.metrics import cache
 from vae_scale.metrics.features import Extractor
 from vae_scale.metrics.frechet import Moments
@@ -69,7 +70,7 @@ def describe(
         for draw in range(max(1, importance)):
             # The first is the noise of `evaluate`, so that a run's curves and this report agree.
             which = ("evaluation", draw) if draw else ("evaluation",)
-            terms = model(x, noise_of_each(numbers, model.latent_shape, seed, *which).to(device))
+            terms = model(x, to_device(noise_of_each(numbers, model.latent_shape, seed, *which), device))
             log_weights.append((terms.log_prob + terms.log_ratio).double())
             if draw == 0:
                 means.add(weights, reconstruction=-terms.log_prob, kl=terms.kl)
@@ -151,7 +152,7 @@ def decoded_features(
         plan = evaluation_rows(samples, batch, processes.rank, processes.ranks)
         for rows, weights in tqdm(plan, "samples", unit=" batches", disable=processes.rank > 0):
             x = model.decode(draw(range(int(rows[0]), int(rows[0]) + batch)).to(device))
-            yield extractor(_pixels(x, device)), torch.from_numpy(weights).to(device)
+            yield extractor(_pixels(x, device)), to_device(weights, device)
 
     return _collect(found(), processes)
 

@@ -19,11 +19,15 @@ OF_GPU = 0.9  # share of a GPU's memory that is taken: some lies in fragments, a
 OF_HOST = 0.5  # share of the host's free memory
 BACKWARD = 2.5  # what a backward pass needs in all, as a multiple of what the forward pass left for it: 1.2 to 2.1 were seen
 
+FEW = 8  # images, from which on a GPU's memory grows evenly with them
+OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # CUDA and its libraries; cuDNN and cuBLAS; the host
+
 Loss = Callable[[int], Tensor]
 
 
 def largest_batch(
     stage: Stage,
+    objective: Callable[..., tuple[Tensor, Tensor]],
     image_shape: tuple[int, int, int],
     unit: int,
     most: int,
@@ -33,11 +37,12 @@ def largest_batch(
 ) -> int:
     """The largest batch whose pieces fit everywhere: `unit` times a power of two. Nothing is trained.
 
-    A GPU is tried until its memory is full. On a CPU, where that would end the process, memory is counted instead. All
-    processes must call it, and learn the same.
+    On a GPU, the memory of two small batches tells how many images fit, and that many are tried. On a CPU, where trying would
+    end the process, memory is counted instead. All processes must call it, and learn the same.
 
     Args:
         stage: What is to be trained.
+        objective: Its objective, compiled if training is: compiled code keeps a fraction of the memory.
         image_shape: (H, W, 3).
         unit: What the batch must be a multiple of, in images.
         most: Images of a batch, at most.
@@ -53,37 +58,85 @@ def largest_batch(
         images = torch.zeros(count, *image_shape, dtype=torch.uint8, device=stage.device)
         draws = stage.labelled(stage.draws(0, count), np.zeros(count, np.int64))
         with autocast():
-            return stage.objective(images, draws, *stage.arguments(0))[0]
+            return objective(images, draws, *stage.arguments(0))[0]
 
     moments = sum(2 * 4 * parameter.numel() for _, parameter in trained(stage.model))  # bytes; they are not there yet
-    fits = _on_gpu(stage, loss, moments) if stage.device.type == "cuda" else _on_host(loss, moments)
-    batch = 0
-    while (following := max(unit, 2 * batch)) <= max(unit, most) and fits(math.ceil(following / pieces)):
-        batch = following
+    sizes = [unit]
+    while 2 * sizes[-1] <= most:
+        sizes.append(2 * sizes[-1])
+    counts = [math.ceil(size / pieces) for size in sizes]
+    fits = _on_gpu(stage, loss, moments, counts) if stage.device.type == "cuda" else _on_host(loss, moments)
+    batch = max((size for size, count in zip(sizes, counts, strict=True) if fits(count)), default=0)
     agreed = int(processes.gather(torch.tensor([batch], device=stage.device)).min())
     if not agreed:
         raise UserError(f"train.batch_size auto: not even {unit} images fit; raise train.accumulation, or take a smaller model")
     return agreed
 
 
-def _on_gpu(stage: Stage, loss: Loss, moments: int) -> Callable[[int], bool]:
-    """Whether some images can be trained on, found by trying."""
+def _on_gpu(stage: Stage, loss: Loss, moments: int, counts: list[int]) -> Callable[[int], bool]:
+    """Whether some images can be trained on, by what two small batches take; the largest that should fit is tried."""
+    device = stage.device
 
-    def fits(count: int) -> bool:
-        torch.cuda.set_per_process_memory_fraction(OF_GPU, stage.device)
+    def peak(count: int) -> int:
+        """Bytes of a forward and a backward pass, the second time: in the first, cuDNN tries its algorithms."""
         try:
-            taken = torch.empty(moments, dtype=torch.uint8, device=stage.device)
-            loss(count).backward()
-            torch.cuda.synchronize(stage.device)
-            return taken.numel() == moments
-        except torch.OutOfMemoryError:
-            return False
+            for _ in range(2):
+                torch.cuda.reset_peak_memory_stats(device)
+                loss(count).backward()
+                stage.model.zero_grad(set_to_none=True)
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device)
         finally:
             stage.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction(1.0, stage.device)
 
-    return fits
+    def can_train(count: int) -> bool:
+        torch.cuda.set_per_process_memory_fraction(OF_GPU, device)
+        try:
+            taken = torch.empty(moments, dtype=torch.uint8, device=device)
+            peak(count)
+            return taken.numel() == moments
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+    few = next((count for count in counts if count >= FEW), counts[-1])
+    most = largest_fitting(counts, can_train, peak, few, OF_GPU * _available(device) - moments)
+    return lambda count: count <= most
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that this process has and could get."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
+def largest_fitting(
+    counts: list[int], can_train: Callable[[int], bool], peak: Callable[[int], int], few: int, available: float
+) -> int:
+    """The largest of some numbers of images that can be trained on, 0 if there is none.
+
+    Args:
+        counts: Numbers of images, ascending.
+        can_train: Whether so many can be trained on, by trying.
+        peak: Bytes that so many take; asked for `few` and for twice as many.
+        few: Images of the first trial.
+        available: Bytes that there are.
+    """
+    possible = counts
+    if can_train(few) and can_train(2 * few):
+        first, second = peak(few), peak(2 * few)
+        of_one = max(1.0, (second - first) / few)
+        possible = [count for count in counts if second + (count - 2 * few) * of_one <= available]
+    return next((count for count in reversed(possible) if can_train(count)), 0)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory could not be had, whichever library says so."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def _on_host(loss: Loss, moments: int) -> Callable[[int], bool]:

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from vae_scale.errors import UserError, one_line
+from vae_scale.training.sharding import whole
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.json"
 Tensors = dict[str, dict[str, Tensor]]
@@ -162,20 +163,33 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._hurry = threading.Event()
+        self._staged: Tensors = {}
+        self._copied: torch.cuda.Event | None = None
 
     def save(self, images_seen: int, tensors: Tensors, state: dict[str, Any], config: dict[str, Any]) -> None:
-        """Copies everything where it is, in a GPU's memory or in the host's, and does the rest in the background."""
+        """Copies everything, as it is now, and writes it in the background."""
+        self.stage({name: part.items() for name, part in tensors.items()})
+        self.write(images_seen, state, config)
+
+    def stage(self, tensors: Mapping[str, Iterable[tuple[str, Tensor]]]) -> None:
+        """Copies the tensors of the next checkpoint, as they are now, to buffers in the host's memory, which are kept.
+
+        Those of a GPU are pinned, so that the copies are queued like its other work. Shards are gathered one after the other.
+        """
         with contextlib.suppress(UserError):  # said already, and this one makes up for it
             self.wait()
+        before, self._staged = self._staged, {}
         # Contiguous here, not in the thread: on a CPU its copies would have threads of their own, and with more of these than
         # cores OpenMP lets none of them wait awake any more, which makes all later steps twice as long.
-        copies = {
-            name: {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in part.items()}
-            for name, part in tensors.items()
-        }
-        copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+        for part, named in tensors.items():
+            buffers = before.get(part, {})
+            self._staged[part] = {name: _copy_to_host(whole(tensor), buffers.get(name)) for name, tensor in named}
+        self._copied = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+
+    def write(self, images_seen: int, state: dict[str, Any], config: dict[str, Any]) -> None:
+        """Writes the tensors that were staged last, in the background."""
         self._hurry.clear()
-        self._pending = self._pool.submit(self._persist, images_seen, copies, copied, state, config)
+        self._pending = self._pool.submit(self._persist, images_seen, state, config)
 
     def wait(self) -> None:
         """Returns when nothing is left to be written.
@@ -188,16 +202,14 @@ class Writer:
             self._hurry.set()
             pending.result()
 
-    def _persist(
-        self, images_seen: int, copies: Tensors, copied: torch.cuda.Event | None, state: dict[str, Any], config: dict[str, Any]
-    ) -> None:
-        tensors = _on_host(copies, copied)
-        copies.clear()  # a GPU's memory is wanted elsewhere
+    def _persist(self, images_seen: int, state: dict[str, Any], config: dict[str, Any]) -> None:
+        if self._copied:
+            self._copied.synchronize()
         final = folder_of(self._run, images_seen)
         while True:
             last = self._hurry.is_set()
             try:
-                self._write(final, tensors, state, config)
+                self._write(final, state, config)
                 break
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(_temporary(final), ignore_errors=True)  # what there is of it may be what fills the disk
@@ -210,13 +222,13 @@ class Writer:
             self._saved(final)
         self._delete_old()
 
-    def _write(self, final: Path, tensors: Tensors, state: dict[str, Any], config: dict[str, Any]) -> None:
+    def _write(self, final: Path, state: dict[str, Any], config: dict[str, Any]) -> None:
         temporary = _temporary(final)
         final.parent.mkdir(parents=True, exist_ok=True)
         for leftover in final.parent.glob(".*.tmp"):
             shutil.rmtree(leftover)
         temporary.mkdir()
-        for name, part in tensors.items():
+        for name, part in self._staged.items():
             save_file(part, temporary / f"{name}.safetensors")
         (temporary / STATE).write_text(json.dumps(state, indent=2))
         (temporary / CONFIG).write_text(json.dumps(config, indent=2))
@@ -243,12 +255,12 @@ def _temporary(final: Path) -> Path:
     return final.with_name(f".{final.name}.tmp")
 
 
-def _on_host(copies: Tensors, copied: torch.cuda.Event | None) -> Tensors:
-    """Tensors in the host's memory, without delaying what the device computes meanwhile."""
-    with torch.cuda.stream(torch.cuda.Stream()) if copied else contextlib.nullcontext():
-        if copied:
-            torch.cuda.current_stream().wait_event(copied)
-        return {name: {key: tensor.cpu() for key, tensor in part.items()} for name, part in copies.items()}
+def _copy_to_host(tensor: Tensor, buffer: Tensor | None) -> Tensor:
+    """A contiguous copy in `buffer`, or in a new one if that does not fit. From a GPU it is queued, not waited for."""
+    tensor = tensor.detach()
+    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return buffer.copy_(tensor, non_blocking=True)
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import nn
 from torch._dynamo.callback import callback_handler
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -18,14 +19,32 @@ FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 PATIENCE = 3.0  # seconds of compiling of which nothing is told
 INTERVAL = 1.0  # seconds from one telling to the next
 
+# Graphs of one function. FSDP2's hooks divide a network at every block, and all blocks of a class share a function; beyond the
+# limit torch would go on without compiling.
+MAX_GRAPHS = 1024
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """A function or module under torch.compile. Where torch compiled the same before, in any process, it takes that."""
+def compiled(function: Callable[P, R], cuda_graphs: bool = False) -> Callable[P, R]:
+    """A function or module under torch.compile. Where torch compiled the same before, in any process, it takes that.
+
+    Args:
+        function: Called with tensors of constant shapes: for each other shape it is compiled again.
+        cuda_graphs: Whether a GPU replays its kernels as CUDA graphs. What it returns is then valid until the next call of
+            `torch.compiler.cudagraph_mark_step_begin`.
+    """
     keep()
-    return torch.compile(function)
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch._dynamo.config.accumulated_recompile_limit = 4 * MAX_GRAPHS
+    return torch.compile(function, dynamic=False, mode="reduce-overhead" if cuda_graphs else "default")
+
+
+def compile_module(module: nn.Module) -> None:
+    """Compiles a module where it is, for calls with tensors of constant shapes."""
+    keep()
+    module.compile(dynamic=False)
 
 
 def keep() -> None:
@@ -58,12 +77,16 @@ def _instructions() -> str:
 
 
 @contextlib.contextmanager
-def shown(tell: Callable[[str], object]) -> Iterator[None]:
+def shown(tell: Callable[[str], object], under_way: Callable[[bool], object] = lambda compiling: None) -> Iterator[None]:
     """Within it, compiling that takes more than a moment is told, by a thread: "compiling: 35 s", a second later anew.
 
     The seconds are those of all compiling within it so far: networks are compiled in several parts, the way back by itself.
+
+    Args:
+        tell: Takes these texts.
+        under_way: Called with True when compiling begins and with False when it has ended.
     """
-    watch = _Watch(tell)
+    watch = _Watch(tell, under_way)
     callback_handler.register_start_callback(watch.begin)
     callback_handler.register_end_callback(watch.end)
     try:
@@ -76,18 +99,20 @@ def shown(tell: Callable[[str], object]) -> Iterator[None]:
 class _Watch:
     """Tells how long compiling has taken, while it is under way."""
 
-    def __init__(self, tell: Callable[[str], object]) -> None:
-        self.tell, self.before = tell, 0.0
+    def __init__(self, tell: Callable[[str], object], under_way: Callable[[bool], object]) -> None:
+        self.tell, self.under_way, self.before = tell, under_way, 0.0
         self.told = False
 
     def begin(self, *_: object) -> None:
         """Compiling begins."""
+        self.under_way(True)
         self.began, self.ended = time.perf_counter(), threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
 
     def end(self, *_: object) -> None:
         """Compiling has ended."""
+        self.under_way(False)
         self.ended.set()
         self.thread.join()
         self.before = self._seconds()

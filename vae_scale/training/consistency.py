@@ -1,7 +1,7 @@
 """Whether all processes hold the same weights."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,9 +28,14 @@ def check_same(prints: Tensor, images_seen: int) -> None:
 
 
 @torch.no_grad()
-def fingerprint(tensors: Iterable[Tensor]) -> Tensor:
-    """A number that differs wherever a single bit of some fp32 tensors does, in practice: int64 scalar."""
-    return _weighted(torch.stack([_weighted(part.contiguous().view(torch.int32).flatten()) for part in tensors]))
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A number that differs wherever a single bit of an fp32 tensor does, in practice: int64 scalar."""
+    return _weighted(tensor.contiguous().view(torch.int32).flatten())
+
+
+def combine(fingerprints: Sequence[Tensor]) -> Tensor:
+    """One fingerprint of several tensors in their order: int64 scalar."""
+    return _weighted(torch.stack(list(fingerprints)))
 
 
 def _weighted(numbers: Tensor) -> Tensor:

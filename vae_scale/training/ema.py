@@ -1,6 +1,8 @@
 """Averaged weights: what evaluation and sampling use."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,8 +16,8 @@ class EMA:
     """An exponential moving average of a model's weights.
 
     Attributes:
-        model: The model with the averaged weights, in evaluation mode; where weights are sharded or not averaged at all (decay
-            0), as `gather` left it.
+        model: The model with the averaged weights, in evaluation mode; up to date within `gathered` only. Where weights are
+            sharded, it has none outside of it.
     """
 
     def __init__(self, model: VAE, decay: float) -> None:
@@ -26,13 +28,14 @@ class EMA:
     def follow(self, model: VAE) -> None:
         """Averages the weights of `model` from now on. Where these are sharded, each process averages its share."""
         weights: list[Tensor] = list(model.parameters())
-        averaged: list[Tensor] = list(self.model.parameters())
-        self._sharded = [
-            (mine, like(mine, weight)) for mine, weight in zip(averaged, weights, strict=True) if isinstance(weight, DTensor)
-        ]
-        self._averaged = [share(part) for _, part in self._sharded] or averaged
+        self._own: list[Tensor] = list(self.model.parameters())
+        self._is_sharded = any(isinstance(weight, DTensor) for weight in weights)
+        # Each as the weight that it follows: a share where that is one.
+        self._parts = [like(mine, weight) for mine, weight in zip(self._own, weights, strict=True)] if self._is_sharded else []
+        self._averaged = [share(part) for part in self._parts] or self._own
         self._weights = [share(weight) for weight in weights]
         self._kept, self._buffers = list(self.model.buffers()), list(model.buffers())
+        self._release()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -44,10 +47,36 @@ class EMA:
         if self._kept:
             torch._foreach_copy_(self._kept, self._buffers)
 
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[VAE]:
+        """Within it `model` holds all averaged weights, on every process. All processes must call it."""
+        self._bring_up_to_date()
+        with torch.no_grad():
+            for mine, part in zip(self._own, self._parts, strict=False):
+                mine.data = whole(part).to(memory_format=_format_of(part))
+        try:
+            yield self.model
+        finally:
+            self._release()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The averaged weights and the buffers by their names; sharded ones as DTensors."""
+        self._bring_up_to_date()
+        sharded = dict(zip((name for name, _ in self.model.named_parameters()), self._parts, strict=False))
+        for name, value in self.model.state_dict().items():
+            yield name, sharded.get(name, value)
+
     @torch.no_grad()
-    def gather(self) -> None:
-        """Brings `model` up to date: the shares together, if there are any. All processes must call it."""
-        if not self._decay:
+    def _bring_up_to_date(self) -> None:
+        if not self._decay:  # then nothing was copied step by step
             torch._foreach_copy_([*self._averaged, *self._kept], [*self._weights, *self._buffers])
-        for mine, part in self._sharded:
-            mine.copy_(whole(part))
+
+    def _release(self) -> None:
+        """Gives back the memory of whole weights where each process has its share."""
+        if self._is_sharded:
+            for mine in self._own:
+                mine.data = mine.new_empty(0)
+
+
+def _format_of(tensor: Tensor) -> torch.memory_format:
+    return torch.channels_last if tensor.ndim == 4 else torch.contiguous_format

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vae_scale.data.images import Images
 from vae_scale.data.parts import Job, Record, check, side_manifests, write_json
 from vae_scale.data.reader import Reader
 from vae_scale.data.shard_file import FORMAT_VERSION, Layout, Shard, shard_name, write_shard
 from vae_scale.data.shards import ShardSet
+from vae_scale.data.transfer import Uploader
 from vae_scale.errors import UserError
 from vae_scale.models.vae import VAE
 from vae_scale.training import compiling
@@ -77,17 +77,20 @@ def encode_shards(
     out.mkdir(parents=True, exist_ok=True)
     planes = compiling.compiled(_planes) if compiled else _planes
 
-    def encode(images: Images) -> Tensor:
-        return planes(model, torch.from_numpy(images).to(device))
-
     batch = min(batch, max(shard.samples for shard in shards.shards))
+    uploader = Uploader((batch, *shards.image_shape), device)
+
+    def encode(rows: npt.NDArray[np.int64]) -> Tensor:
+        reader.gather(rows, uploader.buffer())
+        return planes(model, uploader.upload())
+
     total = sum(shards.shards[number].samples for number in todo)
     bar = tqdm(total=total, unit=" images", unit_scale=True, desc=f"encoding {out}", disable=processes.rank > 0)
     with Reader(shards) as reader, bar, compiling.shown(bar.set_postfix_str):
         for place, number in enumerate(todo):
             reader.need(todo[place : place + 2])
             rows = np.arange(shards.starts[number], shards.starts[number + 1])
-            latents = _encoded(encode, reader, rows, batch, bar)
+            latents = _encoded(encode, rows, batch, bar)
             if not np.isfinite(latents).all():
                 at = shards.place(shards.shards[number])
                 raise UserError(f"{at}: a latent is not finite; the model went wrong, or needs --precision fp32")
@@ -108,16 +111,14 @@ def _planes(model: VAE, images: Tensor) -> Tensor:
 
 
 def _encoded(
-    encode: Callable[[Images], Tensor], reader: Reader, rows: npt.NDArray[np.int64], batch: int, bar: "tqdm[Any]"
+    encode: Callable[[npt.NDArray[np.int64]], Tensor], rows: npt.NDArray[np.int64], batch: int, bar: "tqdm[Any]"
 ) -> Latents:
     """Mean and log-variance of the latents of some images: [len(rows), 2, *latent_shape]."""
     parts = []
     for begin in range(0, len(rows), batch):
         # The last batch is padded: of another size, it would be compiled anew.
         chosen = rows[np.minimum(np.arange(begin, begin + batch), len(rows) - 1)]
-        images = np.empty((batch, *reader.shards.image_shape), np.uint8)
-        reader.gather(chosen, images)
-        parts.append(encode(images))
+        parts.append(encode(chosen))
         bar.update(min(batch, len(rows) - begin))
     found: Latents = torch.cat(parts)[: len(rows)].cpu().numpy()
     return found

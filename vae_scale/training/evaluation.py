@@ -13,6 +13,7 @@ from tqdm import tqdm
 from vae_scale.data.plan import evaluation_rows
 from vae_scale.data.reader import Reader
 from vae_scale.data.shards import ShardSet
+from vae_scale.data.transfer import Uploader, to_device
 from vae_scale.errors import UserError
 from vae_scale.metrics.reconstruction import psnr
 from vae_scale.models.vae import VAE
@@ -91,19 +92,20 @@ def batches(
 
     Yields:
         For each batch the numbers of its images, 0..images-1 and beyond for the padding of the tail; the images, uint8
-        [batch, h, w, 3]; and their weights [batch]: 1, or 0 for padding. With `bar`, rank 0 shows a progress bar so named.
+        [batch, h, w, 3], valid until the batch after the next is asked for; and their weights [batch]: 1, or 0 for padding.
+        With `bar`, rank 0 shows a progress bar so named.
     """
     chosen = np.linspace(0, len(shards) - 1, images).astype(np.int64) if spread else np.arange(images)
-    buffer = np.empty((batch, *shards.image_shape), np.uint8)
+    uploader = Uploader((batch, *shards.image_shape), device)
     plan = evaluation_rows(images, batch, processes.rank, processes.ranks)
     with Reader(shards) as reader:
         for number, (rows, weights) in enumerate(tqdm(plan, bar, unit=" batches", disable=not bar or processes.rank > 0)):
             processes.mark(f"batch {number} of {images:,} images")
             soon = np.concatenate([rows for rows, _ in plan[number : number + 2]])
             reader.need(np.unique(shards.numbers(chosen[soon])).tolist())
-            reader.gather(chosen[rows], buffer)
+            reader.gather(chosen[rows], uploader.buffer())
             numbers = range(int(rows[0]), int(rows[0]) + batch)
-            yield numbers, torch.from_numpy(buffer).to(device), torch.from_numpy(weights).to(device)
+            yield numbers, uploader.upload(), to_device(weights, device)
 
 
 @torch.no_grad()
@@ -135,7 +137,7 @@ def evaluate(
     for numbers, pixels, weights in batches(shards, images, batch, processes, device):
         x = to_model(pixels)
         noise = noise_of_each(numbers, model.latent_shape, seed, "evaluation")
-        terms = model(x, noise.to(device))
+        terms = model(x, to_device(noise, device))
         each = torch.stack([-terms.log_prob, psnr(x, model.likelihood.mean(terms.output)), *terms.kl.unbind(1)]).double()
         sums = sums + (each * weights).sum(1)
     reconstruction, psnr_db, *channels = (processes.add_up(sums) / images).tolist()

@@ -32,13 +32,13 @@ def progress(model: VAE, shards: ShardSet, samples: int, seed: int) -> dict[str,
     Args:
         model: In evaluation mode.
         shards: Held-out images.
-        samples: How many to draw, from the best prior there is.
+        samples: How many to draw, from the best prior there is; 0 for none.
         seed: Of the samples.
     """
-    return {
-        "samples": (model.sample(samples, seed), None),
-        "reconstructions": (reconstructions(model, shards, PICTURED, PICTURED), ROWS),
-    }
+    drawn: dict[str, tuple[Tensor, int | None]] = {}
+    if samples:
+        drawn["samples"] = model.sample(samples, seed), None
+    return drawn | {"reconstructions": (reconstructions(model, shards, PICTURED, PICTURED), ROWS)}
 
 
 def interpolations(model: VAE, latents: Tensor, steps: int, batch: int) -> Tensor:

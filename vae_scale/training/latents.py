@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vae_scale.data.shards import ShardSet
+from vae_scale.data.transfer import to_device
 from vae_scale.models.flow import AUGMENTATIONS
 from vae_scale.models.prior import LARGEST, GaussianMixture
 from vae_scale.models.vae import VAE
@@ -111,6 +112,6 @@ def evaluate_flow(
             "label": torch.full((batch,), model.flow.classes),
             "augmentation": torch.zeros(batch, AUGMENTATIONS),
         }
-        error = objective.velocity_error(to_model(pixels), {name: drawn.to(device) for name, drawn in draws.items()})
+        error = objective.velocity_error(to_model(pixels), {name: to_device(drawn, device) for name, drawn in draws.items()})
         total += (error.double() * weights).sum()
     return {"velocity_error": (processes.add_up(total) / images).item()}

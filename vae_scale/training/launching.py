@@ -21,6 +21,7 @@ from vae_scale.config import TrainConfig
 from vae_scale.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+COMPILE_SECONDS = 1800.0  # between the first and the last process that has compiled, at most
 LAUNCHER = "accelerate.commands.launch"  # what `accelerate launch` runs, and `python -m` can name
 
 
@@ -35,15 +36,17 @@ def start(config: TrainConfig) -> Accelerator:
         raise UserError("train.precision fp16 needs a GPU; use bf16 or fp32")
     precision = resolve_precision(config.precision)
     if gpu:
+        torch.backends.cudnn.benchmark = True  # shapes are constant, so the fastest algorithms are searched only once
         # tf32 for what is left in fp32, unless fp32 itself was asked for.
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     else:
         keep_memory()
     hook = DDPCommunicationHookType.BF16 if config.exchange == "bf16" else DDPCommunicationHookType.NO
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)
-    # Longer than the watch waits, which says for whom.
-    group = InitProcessGroupKwargs(timeout=timedelta(seconds=1.5 * config.timeout))
+    # Buffers are computed alike by all processes.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
+    # Longer than the watch waits, which names the process that is behind, and which waits for a process that compiles.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=max(1.5 * config.timeout, COMPILE_SECONDS)))
     mixed = precision if precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(cpu=not gpu, mixed_precision=mixed, kwargs_handlers=[ddp, group])
     expected = max(int(os.environ.get("WORLD_SIZE", 1)), asked_of_launcher())
@@ -54,6 +57,12 @@ def start(config: TrainConfig) -> Accelerator:
             f"{expected} ...` (--cpu silently starts a single process)"
         )
     return accelerator
+
+
+def device_of(accelerator: Accelerator) -> torch.device:
+    """The device of this process, with its index, which Accelerate leaves out for a single GPU."""
+    device: torch.device = accelerator.device
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def keep_memory() -> None:

@@ -75,7 +75,8 @@ class ELBO(Objective):
         kl = terms.kl.detach().sum(1).mean()
         measured = [loss.detach(), -terms.log_prob.detach().mean(), kl, deviation]
         if self.model.critic is not None:
-            push, critic_loss = self._criticised(x, terms)
+            with torch.autocast(x.device.type, enabled=False):
+                push, critic_loss = self._criticised(x, terms)
             measured.append(critic_loss.detach())
             return (loss + heard * push) / self.model.dimensions + critic_loss, torch.stack(measured)
         return loss / self.model.dimensions, torch.stack(measured)
@@ -88,23 +89,24 @@ class ELBO(Objective):
         The push on each image is `adversarial` (towards a verdict of real) and `perceptual` (towards the critic's features of
         the original, Larsen et al., 2016, eq. 5) times as strong as that of the reconstruction: the adaptive weight of
         Esser et al. (2021, eq. 7), taken image by image at the image itself, so it depends on no batch and costs no
-        second pass. The critic's loss is the hinge (Lim & Ye, 2017).
+        second pass. The critic's loss is the hinge (Lim & Ye, 2017). All of it is computed in fp32: its inner gradients are not
+        scaled, and would be subnormal or infinite in fp16.
         """
         assert self.model.critic is not None
-        rebuilt = self.model.likelihood.mean(terms.output)
-        shown = rebuilt.detach().float().requires_grad_()
+        rebuilt = self.model.likelihood.mean(terms.output.float())
+        shown = rebuilt.detach().requires_grad_()
         verdict, features = self.model.critic(shown)
         real, wanted = self.model.critic(x)
         critic_loss = F.relu(1 - real).mean() + F.relu(1 + verdict).mean()
-        output = terms.output.detach().requires_grad_()
+        output = terms.output.detach().float().requires_grad_()
         pull = torch.autograd.grad(self.model.likelihood.log_prob(output, x).sum(), output)[0]
-        strength = pull.float().flatten(1).norm(dim=1)
+        strength = pull.flatten(1).norm(dim=1)
         push = torch.zeros_like(shown)
         apart = sum(((ours - theirs.detach()).abs().flatten(1).mean(1) for ours, theirs in zip(features, wanted, strict=True)))
         wishes = ((self.adversarial, -verdict.flatten(1).mean(1)), (self.perceptual, apart))
         for weight, wish in wishes:
             if weight:
-                gradient = torch.autograd.grad(wish.sum(), shown, retain_graph=True)[0].float()
+                gradient = torch.autograd.grad(wish.sum(), shown, retain_graph=True)[0]
                 length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
                 push += (weight * strength / length)[:, None, None, None] * gradient
         return (rebuilt * push).flatten(1).sum(1).mean(), critic_loss

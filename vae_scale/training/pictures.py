@@ -15,8 +15,8 @@ from vae_scale.errors import UserError
 
 def to_uint8(images: Tensor) -> Images:
     """[b, 3, h, w] in [-1, 1] to uint8 [b, h, w, 3]."""
-    levels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels: Images = np.ascontiguousarray(levels.permute(0, 2, 3, 1).numpy())
+    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)  # on the device: fewer bytes to copy
+    pixels: Images = np.ascontiguousarray(levels.permute(0, 2, 3, 1).cpu().numpy())
     return pixels
 
 

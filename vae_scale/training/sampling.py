@@ -48,10 +48,9 @@ def draw_images(
     rounds = -(-num // (batch * processes.ranks))
     batch = -(-num // (rounds * processes.ranks))
     if compiled:
-        compiling.keep()
         for part in (model.decoder, model.flow):
             if part is not None:
-                part.compile()
+                compiling.compile_module(part)
     bar = tqdm(total=num, unit=" images", unit_scale=True, desc="samples", delay=QUIET, disable=processes.rank > 0)
     found: list[Images] = []
     with bar, compiling.shown(bar.set_postfix_str):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vae_scale.config import Config
 from vae_scale.data.plan import Rows
 from vae_scale.data.shards import ShardSet
+from vae_scale.data.transfer import to_device
 from vae_scale.errors import UserError
 from vae_scale.models.critic import Critic
 from vae_scale.models.ladder import LadderVAE
@@ -30,7 +31,7 @@ class Stage(ABC):
         model: All weights, the frozen ones of an earlier stage included.
         objective: From a share of a batch to the loss and what was measured.
         measured: Length of what was measured.
-        fits_mixture: Evaluation fits the mixture anew, since the latents have moved.
+        fits_mixture: Samples are drawn from a mixture, which has to be fitted anew once the latents have moved.
     """
 
     model: VAE
@@ -51,7 +52,11 @@ class Stage(ABC):
 
     @abstractmethod
     def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> Mapping[str, float | list[float]]:
-        """How good `model`, the averaged one, is on held-out images; gives it what it needs to draw samples."""
+        """How good `model`, the averaged one, is on held-out images."""
+
+    def fit_mixture(self, model: VAE, batch: int, processes: Processes) -> None:
+        """Gives `model` the mixture of its latents; only where the stage `fits_mixture`."""
+        raise NotImplementedError
 
     def labelled(self, draws: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
         """The random numbers of a share of the batch, and what follows from which images these are."""
@@ -93,8 +98,6 @@ def trained(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 class VAEStage(Stage):
     """The first stage: encoder and decoder."""
 
-    fits_mixture = True
-
     def __init__(self, config: Config, device: torch.device, train_set: ShardSet) -> None:
         super().__init__(config, device)
         self.train_set = train_set
@@ -102,6 +105,7 @@ class VAEStage(Stage):
         if config.objective.critic:
             self.model.critic = Critic(config.objective.critic_width)
         self.measured = 5 if config.objective.critic else 4
+        self.fits_mixture = not isinstance(self.model, LadderVAE)  # whose latents are N(0, I) under its own learned prior
         self.model.to(device).to(memory_format=torch.channels_last)
         self.objective = ELBO(self.model, config)
 
@@ -149,12 +153,12 @@ class VAEStage(Stage):
         return values, f"{values['train/bits_per_dim']:.3f} bits/dim"
 
     def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> Mapping[str, float | list[float]]:
-        """The ELBO; fits the mixture."""
-        config = self.config
-        found = evaluate(model, test_set, config.evaluate.images, batch, config.seed, processes)
-        if not isinstance(model, LadderVAE):  # whose latents are N(0, I) under its own learned prior
-            model.mixture = fit_prior(model, self.train_set, config.evaluate.latents, batch, config.seed, processes)
-        return found
+        """The ELBO."""
+        return evaluate(model, test_set, self.config.evaluate.images, batch, self.config.seed, processes)
+
+    def fit_mixture(self, model: VAE, batch: int, processes: Processes) -> None:
+        """See `Stage`."""
+        model.mixture = fit_prior(model, self.train_set, self.config.evaluate.latents, batch, self.config.seed, processes)
 
 
 class FlowStage(Stage):
@@ -199,10 +203,7 @@ class FlowStage(Stage):
     def labelled(self, draws: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
         """Adds the images' labels, some of them hidden."""
         assert self.model.flow is not None
-        chosen = torch.from_numpy(rows)
-        if self.device.type == "cuda":
-            chosen = chosen.pin_memory()  # or the copy would wait for the device
-        label = self.labels[chosen.to(self.device, non_blocking=True)]
+        label = self.labels[to_device(rows, self.device)]
         named = (label >= 0) & (label < self.model.flow.classes)  # WebDatasets of others have labels without names
         unknown = ~named | (draws["hidden"] < self.config.prior.hide_label)
         return draws | {"label": label.masked_fill(unknown, self.model.flow.classes)}

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import time
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,15 +22,17 @@ from vae_scale.data.shards import ShardSet
 from vae_scale.data.storage import Cache
 from vae_scale.data.stream import Batch, Stream, default_window
 from vae_scale.errors import UserError, one_line
+from vae_scale.models.vae import VAE
 from vae_scale.randomness import key
-from vae_scale.training import checkpoint, compiling, gallery, launching, pictures, sharding
+from vae_scale.training import checkpoint, compiling, gallery, launching, sharding
 from vae_scale.training.batch_size import largest_batch
-from vae_scale.training.consistency import check_same, fingerprint
+from vae_scale.training.consistency import check_same, combine, fingerprint
 from vae_scale.training.ema import EMA
 from vae_scale.training.evaluation import Processes
 from vae_scale.training.launching import resolve_precision
 from vae_scale.training.meters import Meters, Reading
 from vae_scale.training.objective import Objective
+from vae_scale.training.picture_writer import PictureWriter
 from vae_scale.training.resuming import changes, locked
 from vae_scale.training.schedules import learning_rate
 from vae_scale.training.stages import FlowStage, Stage, VAEStage, trained
@@ -55,7 +59,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.accelerator: Accelerator = launching.start(config.train)
-        self.device: torch.device = self.accelerator.device
+        self.device = launching.device_of(self.accelerator)
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.terminal = Terminal(config.log, self.accelerator.is_main_process)
         if config.train.batch_size != "auto":
@@ -107,18 +111,20 @@ class Trainer:
         if self.accelerator.is_main_process:
             (config.folder / "config.yaml").write_text(as_yaml(config))
         self.tracker = self._track() if self.accelerator.is_main_process else None
+        not_saved = partial(self._happened, "not_saved")
+        self.pictures = PictureWriter(config.folder / "samples", self.tracker.picture, not_saved) if self.tracker else None
         self.writer = checkpoint.Writer(
             config.folder,
             config.checkpoint.keep,
             config.checkpoint.keep_every,
-            partial(self._happened, "not_saved"),
+            not_saved,
             self.tracker.checkpoint if self.tracker else None,
         )
         self.stopping = Stopping(self.device)
         self.watch = Watch(self.rank, self.ranks, config.train.timeout, partial(self._happened, "failed"))
         self.pace = Pace(self.device)
         self.processes = dataclasses.replace(self.processes, mark=self.watch.mark)
-        self.evaluated_at = -1
+        self.fitted_at = -1  # images seen
 
     def _choose_stage(self) -> Stage:
         config = self.config
@@ -133,6 +139,7 @@ class Trainer:
         pieces = self.ranks * config.train.accumulation
         config.train.batch_size = largest_batch(
             self.stage,
+            self._compiled(self.stage.objective),
             self.train_set.image_shape,
             math.lcm(pieces, config.data.streams),
             len(self.train_set),
@@ -146,7 +153,9 @@ class Trainer:
         """The objective, whose gradients are those of all processes."""
         if sharding.wanted():
             return sharding.shard(objective, self.device, self.ranks, self.config.train.exchange)
-        return self.accelerator.prepare(objective)
+        with warnings.catch_warnings():  # newer versions of torch have another name for what Accelerate calls broadcast_buffers
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self.accelerator.prepare(objective)
 
     def run(self) -> None:
         """Trains until `train.images` images were seen."""
@@ -154,7 +163,7 @@ class Trainer:
         if self.images_seen >= config.train.images:
             self.terminal.say(f"{config.folder} has seen {self.images_seen:,} images already; raise train.images to go on")
         try:
-            with self.stopping, self._progress(), compiling.shown(self.terminal.status):
+            with self.stopping, self._progress(), compiling.shown(self.terminal.status, self.watch.compiling):
                 self._begin_interval()
                 with self.watch:
                     for batch in self._batches():
@@ -162,8 +171,11 @@ class Trainer:
                         if self._leaving():
                             break
                 self.writer.wait()
+                self._finish_pictures()
         except Exception as error:
             self._happened("failed", one_line(error))
+            with contextlib.suppress(Exception):
+                self._finish_pictures()
             if self.tracker:
                 self.tracker.close(failed=True)
             raise
@@ -181,6 +193,10 @@ class Trainer:
         if self.tracker:
             self.tracker.close()
         self.accelerator.end_training()
+
+    def _finish_pictures(self) -> None:
+        if self.pictures:
+            self.pictures.wait()
 
     def _leaving(self) -> bool:
         """Whether a signal ends the run before its time."""
@@ -203,11 +219,11 @@ class Trainer:
         if self._leaving():
             self._save()
             return
-        if self._due(config.evaluate.every, before):
-            self._evaluate()
-        elif self._early(before):
-            self._draw()
-        if self._due(config.checkpoint.every, before):
+        evaluating, saving = (self._due(every, before) for every in (config.evaluate.every, config.checkpoint.every))
+        if evaluating or saving or self._early(before):
+            with self.ema.gathered() as model, self.accelerator.autocast():
+                self._assess(model, evaluating, saving)
+        if saving:
             self._save()
         self.watch.mark(f"the wait for the batch after {self.images_seen:,} images")
 
@@ -232,8 +248,13 @@ class Trainer:
         """One optimizer step on a global batch, of which this process has its share."""
         config = self.config
         measured = self._gradients(batch.images, self._draws(batch), self.stage.arguments(self.images_seen))
-        norm, taken = self.update.step(learning_rate(config.optimizer, self.images_seen, config.train.images))
-        total = self.accelerator.reduce(torch.cat([measured, self.stopping.said()]), "sum")
+        total = torch.cat([measured, self.stopping.said()])
+        # Begun before the optimizer's step, during which it is under way.
+        reduction = torch.distributed.all_reduce(total, async_op=True) if self.ranks > 1 else None
+        lr = learning_rate(config.optimizer, self.images_seen, config.train.images)
+        norm, taken = self.update.step(lr, self.pace.timed(sharding.wanted()))
+        if reduction:
+            reduction.wait()
         measured = total[:-1] / self.ranks
         self.stopping.heard(total[-1:])
         self.stage.stepped(measured, taken)
@@ -244,6 +265,8 @@ class Trainer:
         """Gradients of the loss of this process's images, taken in pieces; returns what was measured."""
         pieces = self.config.train.accumulation
         size = len(images) // pieces
+        if self.config.train.compile == "cuda_graphs":
+            torch.compiler.cudagraph_mark_step_begin()
         measured = torch.zeros(self.stage.measured, device=self.device)
         for piece in range(pieces):
             part = slice(piece * size, (piece + 1) * size)
@@ -251,7 +274,8 @@ class Trainer:
             last = piece == pieces - 1
             # Gradients of all processes are averaged with the last piece only.
             with self._exchange(last):
-                with self.accelerator.autocast(), self.pace.timed():
+                # Sharded weights are gathered within the forward pass, where fast processes wait for slow ones.
+                with self.accelerator.autocast(), self.pace.timed(not sharding.wanted()):
                     loss, values = self.forward(images[part], drawn, *arguments)
                 self.accelerator.backward(loss / pieces)
             measured += values / pieces
@@ -266,7 +290,10 @@ class Trainer:
         return contextlib.nullcontext()
 
     def _draws(self, batch: Batch) -> dict[str, Tensor]:
-        """This process's share of the global batch's random numbers, so that any number of processes draws the same."""
+        """This process's share of the global batch's random numbers, so that any number of processes draws the same.
+
+        On GPUs: as long as all are of one model (see `vae_scale.randomness`).
+        """
         share = self.config.train.batch // self.ranks
         mine = slice(self.rank * share, (self.rank + 1) * share)
         drawn = self.stage.draws(self.images_seen, self.config.train.batch)
@@ -329,20 +356,27 @@ class Trainer:
             f"{', '.join(held[:3])}, ... (all in {listed})"
         )
 
-    def _evaluate(self) -> None:
-        """Measures the averaged model on held-out images, and draws reconstructions and samples."""
-        self.watch.mark(f"the evaluation after {self.images_seen:,} images")
-        self.ema.gather()
+    def _assess(self, model: VAE, evaluating: bool, saving: bool) -> None:
+        """What is due of the averaged model: figures on held-out images; the mixture, which a checkpoint needs; pictures."""
         share = self.config.train.batch // self.ranks // self.config.train.accumulation
-        with self.accelerator.autocast():
-            found = self.stage.evaluate(self.ema.model, self.test_set, share, self.processes)
-        self.evaluated_at = self.images_seen
+        if evaluating:
+            self._evaluate(model, share)
+        if saving and self.stage.fits_mixture:
+            self.watch.mark(f"the fit of the mixture after {self.images_seen:,} images")
+            self.stage.fit_mixture(model, share, self.processes)
+            self.fitted_at = self.images_seen
+        self._draw(model, with_samples=saving or not evaluating or not self.stage.fits_mixture)
+        self._begin_interval()
+
+    def _evaluate(self, model: VAE, share: int) -> None:
+        """Measures `model` on held-out images, `share` at a time and process."""
+        self.watch.mark(f"the evaluation after {self.images_seen:,} images")
+        found = self.stage.evaluate(model, self.test_set, share, self.processes)
         missing = self._missing()
         if self.tracker:
             self.tracker.log(self.images_seen, {f"eval/{name}": value for name, value in found.items()} | missing)
         told = ", ".join(f"{name} {value:,.3f}" for name, value in found.items() if isinstance(value, float))
         self.terminal.say(f"{self.images_seen:,} images: held-out {told}")
-        self._draw()
 
     def _missing(self) -> dict[str, float]:
         """How many images of bad shards all processes had replaced since they began, if such shards are skipped."""
@@ -353,33 +387,33 @@ class Trainer:
             self._happened("missing_images", f"{images:,} images of bad shards were replaced by others since the run began")
         return {"data/missing_images": images}
 
-    def _draw(self) -> None:
-        """Pictures of samples and reconstructions by the averaged model, drawn by rank 0 while the others wait."""
-        self.watch.mark(f"the pictures after {self.images_seen:,} images")
-        self.ema.gather()
-        if self.tracker:
-            folder = self.config.folder / "samples"
-            drawn = gallery.progress(self.ema.model, self.test_set, self.config.evaluate.samples, self.config.seed)
-            for name, (images, columns) in drawn.items():
-                path = folder / f"{name}_{self.images_seen:09d}.png"
-                try:
-                    pictures.save_grid(images, path, columns)
-                except OSError as error:
-                    self._happened("not_saved", f"{path}: cannot be written ({one_line(error)}); training goes on")
-                else:
-                    self.tracker.picture(self.images_seen, f"samples/{name}", path)
-        self._begin_interval()
+    def _draw(self, model: VAE, with_samples: bool) -> None:
+        """Pictures of reconstructions, and of samples, by rank 0. They are written while training goes on.
+
+        Samples of a mixture that was fitted to older weights would mislead: there are none between two checkpoints.
+        """
+        if self.pictures:
+            samples = self.config.evaluate.samples if with_samples else 0
+            self.pictures.write(self.images_seen, gallery.progress(model, self.test_set, samples, self.config.seed))
 
     def _save(self) -> None:
         """Hands a checkpoint to the writer, once all processes are found to hold the same weights."""
         self.watch.mark(f"the checkpoint after {self.images_seen:,} images")
-        self.ema.gather()
+        seen: list[Tensor] = []
         tensors = {
-            "model": {name: sharding.whole(value) for name, value in self.model.state_dict().items()},
-            "ema": self.ema.model.state_dict(),
-            "optimizer": {name: sharding.whole(value) for name, value in self.update.tensors(trained(self.model))},
+            "model": self._fingerprinted(seen),
+            "ema": self.ema.tensors(),
+            "optimizer": self.update.tensors(trained(self.model)),
         }
-        fingerprints = self.accelerator.gather(fingerprint(tensors["model"].values())[None])
+        mixture = self.ema.model.mixture
+        if mixture and (self.fitted_at == self.images_seen or not self.stage.fits_mixture):  # an older one would mislead
+            tensors["mixture"] = iter(vars(mixture).items())
+        if self.tracker:
+            self.writer.stage(tensors)
+        else:  # takes part in gathering
+            for _, tensor in itertools.chain.from_iterable(tensors.values()):
+                sharding.whole(tensor)
+        fingerprints = self.accelerator.gather(combine(seen)[None])
         check_same(fingerprints, self.images_seen)
         if not self.tracker:
             return
@@ -396,11 +430,14 @@ class Trainer:
             "config": as_dict(self.config),
             "versions": self.versions,
         }
-        mixture = self.ema.model.mixture
-        fresh = self.evaluated_at == self.images_seen or not self.stage.fits_mixture
-        if mixture and fresh:  # one fitted to older weights would mislead
-            tensors["mixture"] = vars(mixture)
-        self.writer.save(self.images_seen, tensors, state, self.model.describe())
+        self.writer.write(self.images_seen, state, self.model.describe())
+
+    def _fingerprinted(self, seen: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors, whole; adds a fingerprint of each to `seen`."""
+        for name, value in self.model.state_dict().items():
+            tensor = sharding.whole(value)
+            seen.append(fingerprint(tensor))
+            yield name, tensor
 
     def _resume(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Goes on from the newest whole checkpoint, if there is one; returns its state and the optimizer's."""
@@ -437,9 +474,13 @@ class Trainer:
         return state, tensors["optimizer"]
 
     def _compiled(self, objective: Any) -> Any:
-        wanted = self.config.train.compile
-        on = wanted == "on" or (wanted == "auto" and self.device.type == "cuda")
-        return compiling.compiled(objective) if on else objective
+        """The objective as `train.compile` wants it."""
+        wanted, on_gpu = self.config.train.compile, self.device.type == "cuda"
+        if wanted == "cuda_graphs" and (not on_gpu or sharding.wanted()):
+            raise UserError("train.compile cuda_graphs needs a GPU, and weights that are not sharded; use train.compile on")
+        if wanted == "off" or (wanted == "auto" and not on_gpu):
+            return objective
+        return compiling.compiled(objective, cuda_graphs=wanted == "cuda_graphs")
 
     def _track(self) -> Tracker:
         """Opens the run's books."""

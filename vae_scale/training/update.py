@@ -1,6 +1,7 @@
 """How the weights move: AdamW along clipped gradients, and not at all where these are not finite or explode."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +34,12 @@ class Update:
         self._clip, self._skip = config.clip or float("inf"), config.skip or float("inf")
         self._scaler = scaler
 
-    def step(self, lr: float) -> tuple[Tensor, Tensor]:
+    def step(self, lr: float, local: AbstractContextManager[None] | None = None) -> tuple[Tensor, Tensor]:
         """Takes a step and forgets the gradients.
+
+        Args:
+            lr: Learning rate.
+            local: Entered around the part that needs no other process.
 
         Returns:
             The gradient's norm before clipping, and whether the step was taken: scalars.
@@ -48,11 +53,10 @@ class Update:
         # The fused kernel divides by the one and does nothing at the other, so neither costs a pass over the gradients.
         self.adamw.grad_scale = (norm / self._clip).clamp(min=1)  # type: ignore[attr-defined]
         self.adamw.found_inf = (~taken).float()  # type: ignore[attr-defined]
-        if self._scaler:
-            self._scaler.step(self.adamw)  # looks for gradients that are not finite by itself, to find its scale
-            self._scaler.update()
-        else:
+        with local or nullcontext():
             self.adamw.step()
+        if self._scaler:
+            self._scaler.update()  # by what `unscale_` saw; its own `step` would take no notice of `taken`
         self.adamw.zero_grad(set_to_none=True)
         return norm, taken
 

@@ -30,12 +30,18 @@ class Heartbeat:
         marks: Counts the marks that it has passed. All processes pass the same ones, so who passed fewest is behind.
         place: Where it is.
         process: Its name on its machine.
+        compiled: Counts heartbeats in which it was compiling, each of which counts as progress.
     """
 
     number: int
     marks: int
     place: str
     process: str
+    compiled: int = 0
+
+    def is_ahead_of(self, before: "Heartbeat") -> bool:
+        """Whether the process made progress since."""
+        return self.marks > before.marks or self.compiled > before.compiled
 
 
 class Watch(contextlib.AbstractContextManager["Watch"]):
@@ -56,6 +62,7 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         self._rank, self._ranks, self._timeout, self._tell_why = rank, ranks, timeout, tell
         self._pause = min(timeout / HEARTBEATS, LONGEST)
         self._last = Heartbeat(0, 0, "the start", f"process {os.getpid()} on {socket.gethostname()}")
+        self._compiling = False
         self._closed = threading.Event()
         self._telling: TCPStore | None = None
         self._asking: TCPStore | None = None
@@ -63,6 +70,10 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
     def mark(self, place: str) -> None:
         """Tells that this process gets further: it is at `place` now."""
         self._last = replace(self._last, marks=self._last.marks + 1, place=place)
+
+    def compiling(self, under_way: bool) -> None:
+        """Told when torch.compile begins and ends, which may take longer than the timeout."""
+        self._compiling = under_way
 
     def __enter__(self) -> "Watch":
         if self._ranks > 1:
@@ -88,14 +99,17 @@ class Watch(contextlib.AbstractContextManager["Watch"]):
         for number in itertools.count(1):
             if self._closed.wait(self._pause):
                 return
+            if self._compiling:
+                self._last = replace(self._last, compiled=self._last.compiled + 1)
             self._tell(number)
-            idle, marks = (idle + 1 if self._last.marks == marks else 0), self._last.marks
+            idle = 0 if self._compiling or self._last.marks != marks else idle + 1
+            marks = self._last.marks
             if idle == patience:
                 before = self._ask()
             elif idle == patience + GRACE:
                 now = self._ask()
-                if any(now[rank].marks > beat.marks for rank, beat in before.items() if rank in now):
-                    idle = 0  # someone was only slow
+                if any(now[rank].is_ahead_of(beat) for rank, beat in before.items() if rank in now):
+                    idle = 0  # someone was only slow, or compiles
                 else:
                     self._end(before, now)
 
@@ -172,9 +186,11 @@ class Pace:
         self._slow: list[int | None] = [None, None]
 
     @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
-        """Within it the time is measured, the device's own, without waiting for it."""
-        if self._cuda:
+    def timed(self, on: bool = True) -> Iterator[None]:
+        """Within it the time is measured if `on`, the device's own, without waiting for it."""
+        if not on:
+            yield
+        elif self._cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             yield
