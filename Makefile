@@ -5,8 +5,10 @@ BIN = $(VENV)/bin
 DEMO = runs/demo
 MINUTES ?= 30
 KILLS ?= 50
+OUT ?= runs/gpu
+PINS ?=  # other versions, such as "torch==2.11.0 torchvision==0.26.0"; with a VENV of their own
 
-.PHONY: demo quality soak test test-cluster check clean
+.PHONY: demo quality soak gpu test test-cluster check clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m vae_scale.pack --source photos --out data/demo
@@ -32,6 +34,12 @@ soak: $(VENV)/dev
 	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 2 --precision fp32
 	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 2 --precision bf16
 
+# Checks and measures everything on a machine with a GPU, with the Python there: nothing is installed.
+gpu: MINUTES = 9
+gpu:
+	@test -n "$(SHARDS)" || { echo "error: make gpu SHARDS=DIR, a folder of packed images" >&2; exit 2; }
+	$(PYTHON) tests/gpu/run.py --minutes $(MINUTES) --shards "$(SHARDS)" --out "$(OUT)"
+
 test: $(VENV)/dev
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
@@ -47,7 +55,7 @@ check: $(VENV)/dev
 $(VENV)/demo $(VENV)/dev $(VENV)/quality: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip  # which finds what goes together in seconds; Python 3.11's own takes minutes
-	$(BIN)/python -m pip install --quiet --editable ".[$(@F)]"
+	$(BIN)/python -m pip install --quiet --editable ".[$(@F)]" $(PINS)
 	touch $@
 
 clean:

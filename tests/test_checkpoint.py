@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from vae_scale.errors import UserError
+from vae_scale.models.vae import FORMAT_VERSION
 from vae_scale.training import checkpoint
 from vae_scale.training.checkpoint import Writer, checkpoints, damage, images_of, load, newest
 
+CONFIG = {"format_version": FORMAT_VERSION}
 CONTENT = {"model": {"w": torch.arange(6.0)}, "ema": {"w": torch.ones(3)}}
 
 
 def save(run: Path, *counts: int, keep: int = 10) -> None:
     writer = Writer(run, keep)
     for count in counts:
-        writer.save(count, CONTENT, {"images_seen": count}, {"a": 1})
+        writer.save(count, CONTENT, {"images_seen": count}, CONFIG)
     writer.wait()
 
 
@@ -34,9 +36,18 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
 
 
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 12)
+    writer = Writer(tmp_path, 3)
+    writer.save(24, CONTENT, {}, {"library": "vae_scale"})  # as version 1 wrote it
+    writer.wait()
+    with pytest.raises(UserError, match=r"images_000000024: has format version 1, and this version of vae_scale reads 2"):
+        newest(tmp_path)
+
+
 def test_what_is_saved_is_what_was_there_when_save_was_called(tmp_path: Path) -> None:
     weight, writer = torch.zeros(1_000_000), Writer(tmp_path, 3)
-    writer.save(1, {"model": {"w": weight}}, {}, {})
+    writer.save(1, {"model": {"w": weight}}, {}, CONFIG)
     weight.add_(1)
     writer.wait()
     folder = newest(tmp_path)
@@ -48,7 +59,7 @@ def test_the_buffers_of_a_checkpoint_are_used_again(tmp_path: Path) -> None:
     model, writer = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last), Writer(tmp_path, 3)
     places = []
     for count in (12, 24):
-        writer.save(count, {"model": dict(model.named_parameters())}, {}, {})
+        writer.save(count, {"model": dict(model.named_parameters())}, {}, CONFIG)
         places.append([tensor.data_ptr() for tensor in writer._staged["model"].values()])
         with torch.no_grad():
             model.weight.add_(1)
@@ -109,7 +120,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_tried_again_and_an_error_on
     (tmp_path / "checkpoints").rename(tmp_path / "aside")
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     writer = Writer(tmp_path, 3)
-    writer.save(24, CONTENT, {}, {})
+    writer.save(24, CONTENT, {}, CONFIG)
     wait_for(lambda: "training goes on, and it is tried again" in capsys.readouterr().err)
     (tmp_path / "checkpoints").unlink()
     (tmp_path / "aside").rename(tmp_path / "checkpoints")
@@ -117,8 +128,8 @@ def test_a_checkpoint_that_cannot_be_written_is_told_tried_again_and_an_error_on
     writer.wait()
     (tmp_path / "checkpoints").rename(tmp_path / "aside")
     (tmp_path / "checkpoints").write_text("again")
-    writer.save(36, CONTENT, {}, {})
-    writer.save(48, CONTENT, {}, {})  # does not fail for the one before
+    writer.save(36, CONTENT, {}, CONFIG)
+    writer.save(48, CONTENT, {}, CONFIG)  # does not fail for the one before
     with pytest.raises(UserError, match="images_000000048: cannot be written"):
         writer.wait()
 
@@ -138,7 +149,7 @@ def test_a_full_disk_leaves_the_last_one_whole_and_no_piece_of_the_next(
     writer = Writer(tmp_path, 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))  # as a disk with so much space
     try:
-        writer.save(24, {"model": {"w": torch.ones(2**20)}}, {}, {})
+        writer.save(24, {"model": {"w": torch.ones(2**20)}}, {}, CONFIG)
         wait_for(lambda: "cannot be written" in capsys.readouterr().err)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -152,6 +163,6 @@ def test_a_full_disk_leaves_the_last_one_whole_and_no_piece_of_the_next(
 def test_the_first_after_each_multiple_is_kept_besides_the_newest(tmp_path: Path) -> None:
     writer = Writer(tmp_path, 2, keep_every=100)
     for count in range(24, 400, 24):
-        writer.save(count, CONTENT, {}, {})
+        writer.save(count, CONTENT, {}, CONFIG)
     writer.wait()
     assert [images_of(path) for path in checkpoints(tmp_path)] == [120, 216, 312, 360, 384]

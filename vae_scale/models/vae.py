@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from vae_scale.randomness import noise_of_each
 SOFT_CLAMP = 5.0  # bound of log sigma, reached smoothly (NVAE, Vahdat & Kautz, 2020)
 CRITIC = "critic."  # of its weights, which only training needs
 WEIGHTS, CONFIG, MIXTURE = "model.safetensors", "config.json", "mixture.safetensors"
+FORMAT_VERSION = 2  # of what config.json and the weights mean: networks of version 1 had groups of other sizes in their norms
 MOST_SIZE = 2**16  # of what config.json describes: pixels, channels
 Prior = Literal["auto", "normal", "gmm", "flow"]
 
@@ -247,7 +248,8 @@ class VAE(nn.Module):
 
     def describe(self) -> dict[str, object]:
         """What `config.json` holds."""
-        described: dict[str, object] = {"library": "vae_scale", "resolution": self.resolution, "model": as_dict(self.config)}
+        described: dict[str, object] = {"library": "vae_scale", "format_version": FORMAT_VERSION}
+        described |= {"resolution": self.resolution, "model": as_dict(self.config)}
         if self.flow is not None:
             described["flow"] = {"width": self.flow.width, "depth": self.flow.depth, "patch": self.flow.patch}
             described["classes"] = list(self.class_names)
@@ -290,6 +292,7 @@ class VAE(nn.Module):
 
         try:
             description = json.loads((folder / CONFIG).read_text("utf-8"))
+            check_version(description, folder)
             config = model_from_dict(description["model"], str(folder / CONFIG))
 
             def make() -> VAE:
@@ -316,6 +319,20 @@ class VAE(nn.Module):
         if not isinstance(model, cls):
             raise UserError(f"{folder}: holds a {type(model).__name__}, not a {cls.__name__}")
         return model.eval().to(memory_format=torch.channels_last)
+
+
+def check_version(description: Any, folder: Path) -> None:
+    """Refuses what `VAE.describe` of another version wrote.
+
+    Raises:
+        UserError: naming `folder`.
+    """
+    version = description.get("format_version", 1)
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder}: has format version {version!r:.20}, and this version of vae_scale reads {FORMAT_VERSION}: networks "
+            "have changed; train again in another folder, or install the version that wrote it"
+        )
 
 
 def _size(description: dict[str, object], name: str) -> int:

@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from vae_scale.errors import UserError, one_line
+from vae_scale.models.vae import check_version
 from vae_scale.training.sharding import whole
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.json"
@@ -75,10 +76,15 @@ def damage(folder: Path) -> str | None:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None. Says which ones it skips, and why."""
+    """The newest whole checkpoint of a run, or None. Says which ones it skips, and why.
+
+    Raises:
+        UserError: another version of vae_scale wrote it.
+    """
     for folder in reversed(checkpoints(run)):
         problem = damage(folder)
         if problem is None:
+            check_version(json.loads((folder / CONFIG).read_text("utf-8")), folder)
             return folder
         print(f"warning: {folder} is skipped: {problem}", flush=True)
     return None

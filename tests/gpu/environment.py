@@ -1,0 +1,83 @@
+"""The machine, its limits, and the images that checks and measurements use."""
+
+import importlib.util
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from processes import Settings, serve
+
+from vae_scale.benchmark import measuring
+from vae_scale.data.images import Images
+from vae_scale.data.stl10 import write_binaries
+from vae_scale.pack import main as pack
+
+QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "memory.total")
+OPTIONAL = ("wandb", "webdataset", "diffusers", "efficientnet_lite_pytorch", "plotly")
+CHUNK = 500  # images
+
+
+def hardware(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """GPU, driver, clocks, versions, memory, cores."""
+    values: dict[str, Any] = dict(measuring.machine())
+    values |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "memory": psutil.virtual_memory().total}
+    values["packages"] = [name for name in OPTIONAL if importlib.util.find_spec(name)]
+    try:
+        command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
+        line = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+        values |= dict(zip(QUERY, (part.strip() for part in line.split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        pass  # not everybody may ask
+    shown = {"torch": values["torch"], "CUDA": values["cuda"], "cuDNN": values["cudnn"], "driver": values.get("driver_version")}
+    clocks = f", {values['clocks.sm']} of {values['clocks.max.sm']}, {values['power.limit']}" if "clocks.sm" in values else ""
+    versions = ", ".join(f"{name} {value}" for name, value in shown.items() if value)
+    memory = f"{values['memory'] / 2**30:.0f} GiB"
+    return f"{values.get('gpu', 'no GPU')}{clocks}; {versions}; {values['cpu']}, {values['cores']} cores, {memory}", values
+
+
+def limits(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """The fastest matrix product in bf16, and the fastest copy."""
+    if settings.rehearse:
+        measuring.CEILING_SECONDS, measuring.SIZES = 0.02, {"cpu": (256, 512)}
+    tasks = measuring.ceilings(torch.device("cpu" if settings.rehearse else "cuda"), torch.bfloat16)
+    matrix, copies = (max(tasks[name]() for _ in range(2)) for name in (measuring.MATRIX, measuring.COPY))
+    return f"{matrix / 1e12:,.1f} TFLOP/s in bf16, copies at {copies / 1e9:,.0f} GB/s", {"flops": matrix, "bytes": copies}
+
+
+def synthetic_images(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Packs random discs on gradients, 96x96."""
+    counts = {"train": 64, "unlabeled": 64, "test": 64}
+    if not settings.rehearse:
+        counts = {"train": 2000, "unlabeled": 8000, "test": 2000}
+    binaries = settings.scratch / "stl10_binary"
+    splits = {name: draw(count, seed) for seed, (name, count) in enumerate(counts.items())}
+    write_binaries(binaries, splits, [str(number) for number in range(10)])
+    pack(["--source=stl10", f"--data={binaries}", f"--out={settings.shards}", f"--workers={min(8, os.cpu_count() or 1)}"])
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items()), counts
+
+
+def draw(count: int, seed: int) -> Iterator[tuple[Images, list[int]]]:
+    """Chunks of images, uint8 [n, 96, 96, 3], with labels."""
+    generator = np.random.default_rng(seed)
+    y, x = (np.mgrid[0:96, 0:96] / 95).astype(np.float32)
+    for start in range(0, count, CHUNK):
+        chunk = min(CHUNK, count - start)
+        first, last, disc = generator.uniform(0, 255, (3, chunk, 1, 1, 3)).astype(np.float32)
+        across, down, radius = generator.uniform(0.2, 0.8, (3, chunk, 1, 1)).astype(np.float32)
+        inside = (x - across) ** 2 + (y - down) ** 2 < (0.4 * radius) ** 2
+        images = np.where(inside[..., None], disc, first + (last - first) * x[..., None]).astype(np.uint8)
+        yield images, [number % 10 for number in range(chunk)]
+
+
+FACTS: dict[str, Callable[[Settings], tuple[str, dict[str, Any]]]] = {
+    "synthetic images": synthetic_images,
+    "hardware": hardware,
+    "limits": limits,
+}
+
+if __name__ == "__main__":
+    serve(FACTS, "passed")

@@ -1,0 +1,175 @@
+"""A VAE and its flow, trained for the time that is left, and pictures of what they generate."""
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from processes import Entry, Record, Runner, Settings, Task, serve
+
+PROGRAM = str(Path(__file__).resolve())
+PLAN = "quality.json"  # in the scratch folder: what the tasks need to know
+NEVER = 10**9  # images
+VAE, FLOW, METRICS, NEIGHBOURS = "VAE", "flow", "metrics", "neighbours.png"
+RESERVE = 40.0  # seconds for pictures and metrics after training
+START, TAIL = 20.0, 6.0  # seconds of a training before its first step, compiled earlier, and after its last one
+LATE, SAVING, LEAST = 4.0, 8.0, 60.0  # until a training is stopped, until it is killed; without so much none is started
+CALIBRATION = 2.0  # seconds of steps that tell how many images fit into the time
+SAMPLES, SHOWN, NEAREST, COMPARED_SIDE = 64, 16, 5, 16
+LATENT_SIDES = range(8, 13)
+SHOWN_METRICS = {"psnr_db": "PSNR {:.2f} dB", "bits_per_dim": "{:.3f} bits/dim", "ssim": "SSIM {:.3f}"}
+SHOWN_METRICS |= {"velocity_error": "velocity error {:.4f}", "frechet_distance": "Frechet distance {:.1f} (EfficientNet-Lite0)"}
+COMMON = ["--train.batch_size=256", "--optimizer.warmup=20000", "--evaluate.latents=2000", "--evaluate.images=1000"]
+TINY = ["--train.batch_size=8", "--optimizer.warmup=64", "--evaluate.latents=32", "--evaluate.images=32"]
+
+
+def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
+    """Trains a VAE for a third of the time until `deadline` (of `time.monotonic`), its flow for the rest; writes pictures."""
+    settings, left = runner.settings, deadline - time.monotonic() - RESERVE
+    late, least, overhead = LATE, LEAST, START + TAIL
+    if settings.rehearse:
+        left, late, least, overhead = min(left, 14.0), 90.0, 0.0, 6.0  # a busy CPU may take longer than was planned
+    vae = overhead + max(0.0, left - 2 * overhead) / 3
+    plan = {"out": str(out), "ends": {VAE: time.time() + vae, FLOW: time.time() + left}}
+    (settings.scratch / PLAN).write_text(json.dumps(plan))
+    task = Task([VAE, FLOW], [sys.executable, PROGRAM, VAE, FLOW], left + late, least)
+    runner.run(task, 4, min(deadline, time.monotonic() + left + late + SAVING + 1), record, SAVING)
+    runs = [settings.scratch / f"quality_{name}" for name in (VAE, FLOW)]
+    trained = [str(run) for run in runs if (run / "checkpoints").exists()]
+    if not trained:
+        return
+
+    drawn, found = settings.scratch / "drawn", settings.scratch / "metrics.json"
+    features = "efficientnet_lite0" if has("efficientnet_lite_pytorch") and not settings.rehearse else "none"
+    model, sample = f"--run={trained[-1]}", ["sample", f"--steps={2 if settings.rehearse else 25}"]
+    commands = {
+        "samples.png": [*sample, model, f"--num={SAMPLES}", f"--save-images={drawn}", f"--out={out / 'samples.png'}"],
+        "reconstructions.png": [*sample, model, "--num=32", "--reconstruct", f"--out={out / 'reconstructions.png'}"],
+        METRICS: ["evaluate", model, "--images=2000", "--importance=0", f"--features={features}", f"--json={found}"],
+    }
+    if has("plotly") and has("jinja2"):
+        commands["report.html"] = ["report", *trained, f"--out={out / 'report.html'}"]
+    tasks = [
+        Task([name], [sys.executable, "-m", f"vae_scale.{verb}", *words], 60, writes_results=False)
+        for name, (verb, *words) in commands.items()
+    ]
+
+    def record_metrics(entry: Entry) -> None:
+        if entry.name == METRICS and entry.status == "passed":
+            entry.values = json.loads(found.read_text())
+            shown = (text.format(entry.values[name]) for name, text in SHOWN_METRICS.items() if name in entry.values)
+            entry.detail = f"{', '.join(shown)}; {entry.values['images']:,} images of {entry.values['split']}"
+        record(entry)
+
+    runner.run_all(tasks, 2 if settings.rehearse else 4, deadline, record_metrics)
+    if drawn.exists():
+        runner.run(Task([NEIGHBOURS], [sys.executable, PROGRAM, NEIGHBOURS], 40), 4, deadline, record)
+
+
+def has(package: str) -> bool:
+    """Whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+def options(name: str, settings: Settings, purpose: str = "quality") -> list[str]:
+    """The command line of a training, fitted to the shards' resolution."""
+    from vae_scale.data.shards import ShardSet
+
+    words = [f"--data.shards={settings.images}", f"--run={settings.scratch / f'{purpose}_{name}'}"]
+    words += ["--track.tracker=none", "--log=json", "--evaluate.early=false", *(TINY if settings.rehearse else COMMON)]
+    words += [f"--{key}={NEVER}" for key in ("train.log_every", "train.images", "evaluate.every", "checkpoint.every")]
+    if name == FLOW:
+        words += [f"--prior.vae={settings.scratch / f'{purpose}_{VAE}'}", "--optimizer.lr=0.0005", "--train.ema=0.995"]
+        return [*words, *(["--prior.width=64", "--prior.depth=1", "--prior.patch=2"] if settings.rehearse else [])]
+    words += ["--optimizer.lr=0.001", "--train.ema=0.99"]
+    if settings.rehearse:
+        return [*words, "--model.preset=tiny", "--model.width=16"]
+    side = ShardSet.open(str(settings.images)).image_shape[0]
+    patch = next((patch for patch in (2, 1, 4) if side % (4 * patch) == 0 and side // (4 * patch) in LATENT_SIDES), 2)
+    return [*words, "--model.preset=base", f"--model.patch={patch}"]
+
+
+def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Trains until the time is over: the schedule's last image comes just then."""
+    from vae_scale.benchmark.measuring import synchronise
+    from vae_scale.config import parse
+    from vae_scale.training.trainer import Trainer
+
+    plan = json.loads((settings.scratch / PLAN).read_text())
+    trainer = Trainer(parse(options(name, settings))[0])
+    train, calibration = trainer.config.train, 0.5 if settings.rehearse else CALIBRATION
+    with closing(trainer._batches()) as batches, trainer._progress():
+
+        def seconds(steps: int) -> float:
+            synchronise(trainer.device)
+            begin = time.perf_counter()
+            for images in islice(batches, steps):
+                trainer._advance(images)
+            synchronise(trainer.device)
+            return time.perf_counter() - begin
+
+        seconds(3)  # compiles
+        steps = spent = 0.0
+        while spent < calibration:
+            spent += seconds(5)
+            steps += 5
+    speed = steps / spent
+    left = plan["ends"][name] - time.time() - (1.0 if settings.rehearse else TAIL)
+    train.images = trainer.images_seen + max(1, int(0.95 * left * speed)) * train.batch
+    train.log_every = 5 if settings.rehearse else 50
+    begin = time.perf_counter()
+    trainer.run()
+    lines = [json.loads(line) for line in (trainer.config.folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = {key: value for line in lines for key, value in line.items() if key.startswith("eval/")}
+    values = {key: value for key, value in held_out.items() if isinstance(value, float)}
+    texts = [text.format(values[f"eval/{key}"]) for key, text in SHOWN_METRICS.items() if f"eval/{key}" in values]
+    values |= {"images": trainer.images_seen, "images_per_second": speed * train.batch}
+    spent = time.perf_counter() - begin
+    told = f"held out: {', '.join(texts)}" if texts else "stopped at its time limit, before the evaluation"
+    return f"{trainer.images_seen:,} images in {spent:.0f} s after compilation; {told}", values
+
+
+def neighbours(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Samples, each followed by the training images nearest to it: in pixels, at a low resolution."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch import Tensor
+    from torch.nn.functional import interpolate
+
+    from vae_scale.data.shards import ShardSet
+    from vae_scale.training.pictures import save_grid
+
+    plan = json.loads((settings.scratch / PLAN).read_text())
+    device = "cpu" if settings.rehearse else "cuda"
+    shards = ShardSet.open(str(settings.images))
+    seen = shards.select(*(name for name in ("train", "unlabeled") if name in shards.splits))
+    drawn = np.stack([np.asarray(Image.open(path)) for path in sorted((settings.scratch / "drawn").glob("*.png"))[:SHOWN]])
+
+    def reduce(images: "np.ndarray[Any, Any]") -> Tensor:
+        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
+        return interpolate(pixels, (COMPARED_SIDE, COMPARED_SIDE), mode="area").flatten(1)
+
+    chunks = np.array_split(np.arange(len(seen)), -(-len(seen) // 4096))
+    distances = torch.cdist(reduce(drawn), torch.cat([reduce(seen.images(rows)) for rows in chunks]))
+    nearest = distances.topk(min(NEAREST, len(seen)), largest=False).indices.cpu().numpy()
+    rows = [np.concatenate([image[None], seen.images(found)]) for image, found in zip(drawn, nearest, strict=True)]
+    save_grid(np.concatenate(rows), Path(plan["out"]) / NEIGHBOURS, nearest.shape[1] + 1)
+    rms = float(distances.amin(1).mean()) / (3 * COMPARED_SIDE**2) ** 0.5
+    return f"nearest of {len(seen):,} training images at {COMPARED_SIDE}x{COMPARED_SIDE} pixels, {rms:.1f} grey levels away", {}
+
+
+TASKS: dict[str, Callable[[Settings], tuple[str, dict[str, Any]]]] = {
+    VAE: partial(train, VAE),
+    FLOW: partial(train, FLOW),
+    NEIGHBOURS: neighbours,
+}
+
+if __name__ == "__main__":
+    serve(TASKS, "passed")

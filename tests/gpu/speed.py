@@ -1,0 +1,317 @@
+"""Measurements of speed. Each name of MEASUREMENTS is one. They run side by side, but only one at a time uses the GPU."""
+
+import contextlib
+import fcntl
+import importlib.util
+import itertools
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import quality
+import torch
+from processes import Settings, Skip, reset_state, serve, slug
+from torch import nn
+from torch._dynamo.callback import callback_handler
+
+from vae_scale import bench
+from vae_scale.benchmark import measuring
+from vae_scale.benchmark import training as benchmark
+from vae_scale.config import Config, parse
+from vae_scale.data.shards import ShardSet
+from vae_scale.errors import UserError
+from vae_scale.models import blocks
+from vae_scale.models.networks import build
+from vae_scale.models.vae import VAE, Sampler
+from vae_scale.training.encoding import encode_shards
+from vae_scale.training.sampling import draw_images
+from vae_scale.training.trainer import Trainer
+
+Result = tuple[str, dict[str, Any]]
+NEVER = 10**9  # images
+TINY = ["--model.preset=tiny", "--model.width=16", "--model.attention=false", "--train.precision=fp32", "--train.batch_size=8"]
+TINY_FLOW = ["--prior.width=64", "--prior.depth=1"]
+# Kernels that do nothing but change the memory format of a tensor, by parts of their names in cuDNN and in torch.
+LAYOUT = re.compile(r"nchwToNhwc|nhwcToNchw|nchw_to_nhwc|nhwc_to_nchw|convertTensor|tensorTransform|AddPadding", re.IGNORECASE)
+SHOWN_KERNELS = 8
+
+
+@contextlib.contextmanager
+def exclusive_device(settings: Settings) -> Iterator[None]:
+    """Within it no other measurement uses the GPU. While this one compiles, which takes the CPU only, others may."""
+    kind = fcntl.LOCK_SH if settings.rehearse else fcntl.LOCK_EX  # speeds of a rehearsal mean nothing
+    with (settings.scratch / "device.lock").open("w") as file:
+
+        def acquire(*_: object) -> None:
+            fcntl.flock(file, kind)
+
+        def release(*_: object) -> None:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        acquire()
+        callback_handler.register_start_callback(release)
+        callback_handler.register_end_callback(acquire)
+        try:
+            yield
+        finally:
+            callback_handler.remove_start_callback(release)
+            callback_handler.remove_end_callback(acquire)
+
+
+def options(settings: Settings, config: str, batch: int, *more: str) -> list[str]:
+    """The options of a training with a configuration of the repository."""
+    words = [f"--config=configs/{config}.yaml", f"--data.shards={settings.shards}", "--track.tracker=none", *more]
+    return [*words, *(TINY if settings.rehearse else [f"--train.batch_size={batch}"])]
+
+
+def configuration(settings: Settings, config: str, batch: int, *more: str) -> Config:
+    """The same, as a `Config`.
+
+    Raises:
+        Skip: there is no such option.
+    """
+    try:
+        return parse(options(settings, config, batch, *more))[0]
+    except UserError as error:
+        raise Skip(str(error)) from None
+
+
+def run_bench(settings: Settings, verb: str, name: str, words: list[str], repeats: int, *more: str) -> dict[str, Any]:
+    """The report of `python -m vae_scale.bench VERB`."""
+    report = settings.scratch / f"{slug(name)}.bench.json"
+    benchmark.SECONDS, measuring.CEILING_SECONDS = (0.05, 0.02) if settings.rehearse else (2.0, 0.1)
+    if settings.rehearse:
+        measuring.SIZES, repeats = {"cpu": (256,)}, 1
+    try:
+        with exclusive_device(settings):
+            bench.main([verb, *words, f"--repeats={repeats}", f"--json={report}", *more])
+    except SystemExit as error:
+        raise RuntimeError(f"bench {verb} ends with exit status {error.code}") from None
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def figures(report: dict[str, Any], row: str) -> dict[str, Any]:
+    """The figures of a report: images per second of the table's line `row`, and the ratios."""
+    runs = next(each["runs"] for each in report["rows"] if each["name"] == row)
+    speed = sorted(runs)[len(runs) // 2]
+    memory = report["peak_memory_bytes"] / 2**30
+    return {"images_per_second": speed, "runs": runs, "peak_memory_gib": memory, "batch": report["batch"], **report["ratios"]}
+
+
+def kernels(trace: Path, steps: int) -> dict[str, Any]:
+    """Layout conversions per step and the kernels that take longest, from a profiler's trace."""
+    counts, times = Counter[str](), Counter[str]()
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event.get("cat") == "kernel":
+            counts[event["name"]] += 1
+            times[event["name"]] += event["dur"]
+    if not counts:  # on a CPU, or where GPUs may not be profiled
+        return {}
+    total = sum(times.values())
+    top = [[name[:120], round(spent / total, 4), counts[name] / steps] for name, spent in times.most_common(SHOWN_KERNELS)]
+    layout = [name for name in counts if LAYOUT.search(name)]
+    return {
+        "layout_kernels_per_step": sum(counts[name] for name in layout) / steps,
+        "layout_time_fraction": sum(times[name] for name in layout) / total,
+        "kernels_per_step": sum(counts.values()) / steps,
+        "top_kernels": top,
+    }
+
+
+def step(config: str, batch: int, settings: Settings, choice: str = "", *more: str, trace: bool = True) -> Result:
+    """The bare training step, with a trace of its kernels; of a `choice`, beside the measurement without it."""
+    configuration(settings, config, batch, *more)
+    name = f"step_{config}_{batch}_{choice}"
+    traces = settings.scratch / f"{slug(name)}_traces"
+    extra = [f"--profile={traces}"] if trace else []
+    report = run_bench(settings, "step", name, options(settings, config, batch, *more), 2, *extra)
+    values = figures(report, benchmark.STEP) | (kernels(traces / "step.json", benchmark.PROFILED_STEPS) if trace else {})
+    values |= {"parameters": report["parameters"], "flops_per_image": report["flops_per_image"]}
+    if choice:
+        values |= {"choice": f"{choice}, {config}, {batch} images", "compared_with": f"step, {config}, {batch} images"}
+        values["is_on"] = bool(more)
+    return "" if choice else f"{report['parameters'] / 1e6:.0f} M parameters, {report['precision']}", values
+
+
+def torch_norms(settings: Settings) -> Result:
+    """The step with torch's own GroupNorm."""
+    with mock.patch.object(blocks.GroupNorm, "forward", nn.GroupNorm.forward):
+        return step("stl10", 256, settings, "channels_last GroupNorm")
+
+
+def without_cudnn_benchmark(settings: Settings) -> Result:
+    """The step without cuDNN's trials of algorithms."""
+    make = Trainer.__init__
+
+    def initialize(self: Trainer, config: Config) -> None:
+        make(self, config)
+        torch.backends.cudnn.benchmark = False
+
+    with mock.patch.object(Trainer, "__init__", initialize):
+        return step("stl10", 256, settings, "torch.backends.cudnn.benchmark", trace=False)
+
+
+def cuda_graphs(batch: int, settings: Settings) -> Result:
+    """The step as CUDA graphs."""
+    if settings.rehearse:
+        raise Skip("needs a GPU")
+    return step("stl10", batch, settings, "CUDA graphs", "--train.compile=cuda_graphs", trace=False)
+
+
+def trainer(settings: Settings) -> Result:
+    """The whole trainer, with its stream, averaged weights and checkpoints, beside the bare step."""
+    report = run_bench(settings, "train", "trainer", options(settings, "stl10", 256), 2)
+    values = figures(report, benchmark.TRAIN)
+    values["parts"] = {part["name"]: part["ms_per_step"] for part in report["parts"]}
+    return f"{values['train_over_step']:.3f} of the bare step, waits for data {values['data_wait']:.1%}", values
+
+
+def peers(config: str, batch: int, families: str, settings: Settings, *more: str) -> Result:
+    """The whole trainer beside the same training by other loops."""
+    if "diffusers" in families and not importlib.util.find_spec("diffusers"):
+        raise Skip("diffusers is not installed")
+    if settings.rehearse and "kl" in config:
+        raise Skip("too slow for a rehearsal")
+    words = options(settings, "stl10", batch, *more)
+    report = run_bench(settings, "train", f"peers_{config}", words, 1, f"--peers={families}")
+    values = figures(report, benchmark.TRAIN)
+    values["loops"] = {row["name"]: row["runs"] for row in report["rows"]}
+    ratios = {name: ratio for name, ratio in report["ratios"].items() if name.startswith("over_")}
+    told = ", ".join(f"{name.removeprefix('over_')} {ratio:.2f}" for name, ratio in ratios.items())
+    return f"trainer over {told}" if ratios else f"missing: {report['missing']}", values
+
+
+def untrained(settings: Settings) -> VAE:
+    """The networks of stl10.yaml and stl10_prior.yaml, with random weights."""
+    config = configuration(settings, "stl10", 256)
+    prior = parse(["--config=configs/stl10_prior.yaml", *(TINY_FLOW if settings.rehearse else [])])[0].prior
+    torch.manual_seed(0)
+    model = build(config.model, 96)
+    model.add_flow(prior.width, prior.depth, prior.patch, [str(number) for number in range(10)])
+    for parameter in model.parameters():  # some are zero at the start
+        nn.init.normal_(parameter, std=0.02)
+    device = "cpu" if settings.rehearse else "cuda"
+    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def autocast(settings: Settings) -> torch.autocast:
+    """bf16 on a GPU."""
+    return torch.autocast("cpu" if settings.rehearse else "cuda", torch.bfloat16, enabled=not settings.rehearse)
+
+
+def sampling(settings: Settings) -> Result:
+    """Images per second of samples from noise to pixels in the host's memory: 25 steps of the flow, then the decoder."""
+    model, batch, rounds = untrained(settings), 8 if settings.rehearse else 512, 1 if settings.rehearse else 4
+    speeds, steps = {}, 2 if settings.rehearse else 25
+    with exclusive_device(settings), autocast(settings):
+        for solver in ("heun", "euler"):
+            sampler = Sampler(steps, solver)
+
+            def draw(numbers: range, sampler: Sampler = sampler) -> torch.Tensor:
+                return model.draw_latents(numbers, 0, 1.0, "flow", sampler, batch)
+
+            draw_images(model, draw, batch, batch, 0, compiled=not settings.rehearse and solver == "heun")
+            begin = time.perf_counter()
+            draw_images(model, draw, rounds * batch, batch, 0)  # compiled by now; pictures end in the host's memory
+            speeds[solver] = rounds * batch / (time.perf_counter() - begin)
+    told = f"{steps} steps of Heun's method, batches of {batch}; {speeds['euler']:,.0f} images/s with Euler's"
+    return told, {"images_per_second": speeds["heun"], "euler_images_per_second": speeds["euler"]}
+
+
+def encoding(settings: Settings) -> Result:
+    """Images per second from shards of images to shards of latents."""
+    model, shards = untrained(settings), ShardSet.open(str(settings.shards))
+    with exclusive_device(settings), autocast(settings):
+        for split in ("test", "unlabeled"):  # the first compiles
+            part = shards.select(split)
+            begin = time.perf_counter()
+            out = settings.scratch / f"latents_{split}"
+            encode_shards(model, part, out, 256, {}, ["train"], compiled=not settings.rehearse)
+            speed = len(part) / (time.perf_counter() - begin)
+    return f"{len(part):,} images, from shards to shards", {"images_per_second": speed}
+
+
+def evaluation(settings: Settings) -> Result:
+    """Seconds of one evaluation, and of one checkpoint, in the loop, and their shares of a run at the configured intervals."""
+    config = configuration(settings, "stl10", 256, f"--run={settings.scratch / 'evaluation'}", "--evaluate.early=false")
+    interval = config.evaluate.every
+    config.evaluate.every = config.checkpoint.every = config.train.images = NEVER
+    if settings.rehearse:
+        config.evaluate.images, config.evaluate.latents = 16, 16
+    subject, repeats = Trainer(config), 2 if settings.rehearse else 30
+    with exclusive_device(settings), closing(subject._batches()) as batches, subject._progress():
+        subject._begin_interval()
+
+        def seconds(steps: int) -> float:
+            measuring.synchronise(subject.device)
+            begin = time.perf_counter()
+            for images in itertools.islice(batches, steps):
+                subject._advance(images)
+            measuring.synchronise(subject.device)
+            return time.perf_counter() - begin
+
+        seconds(3)
+        each = seconds(repeats) / repeats
+        found = {}
+        for name, section in (("evaluation", config.evaluate), ("checkpoint", config.checkpoint)):
+            section.every = 1  # due after each step
+            seconds(1)  # the first has kernels to load
+            subject.writer.wait()
+            found[name] = max(0.0, seconds(1) - each)
+            section.every = NEVER
+        subject.writer.wait()
+    size = config.train.batch
+    values: dict[str, Any] = {f"{name}_seconds": spent for name, spent in found.items()}
+    for gpus in (1, 8):  # as if no part of it were shared by 8
+        training = interval / size * each / gpus
+        values[f"share_{gpus}_gpu"] = found["evaluation"] / (found["evaluation"] + training)
+    told = f"{found['evaluation']:.2f} s, a checkpoint with its mixture {found['checkpoint']:.2f} s; an evaluation is "
+    told += f"{values['share_1_gpu']:.2%} of a run on 1 GPU, at most {values['share_8_gpu']:.2%} on 8"
+    return told, values
+
+
+def compilation(settings: Settings) -> Result:
+    """Seconds until the first steps of a VAE and of its flow are done. The last stage finds them compiled."""
+    seconds = {}
+    for name in (quality.VAE, quality.FLOW):
+        words = [*quality.options(name, settings, "compiled"), "--evaluate.images=64", "--evaluate.latents=64"]
+        begin = time.perf_counter()
+        with exclusive_device(settings):
+            trainer = Trainer(parse(words)[0])
+            trainer.config.train.images = 2 * trainer.config.train.batch
+            trainer.run()
+        seconds[name] = time.perf_counter() - begin
+        reset_state()
+    return ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()), {"seconds": seconds}
+
+
+KL = ["--model.preset=kl", "--optimizer.lr=0.0001"]
+# In the order of their value: what comes last may find no time.
+MEASUREMENTS: dict[str, Callable[[Settings], Result]] = {
+    "step, stl10, 256 images": partial(step, "stl10", 256),
+    "torch's GroupNorm, stl10, 256 images": torch_norms,
+    "start and compilation": compilation,
+    "no cudnn.benchmark, stl10, 256 images": without_cudnn_benchmark,
+    "CUDA graphs, stl10, 256 images": partial(cuda_graphs, 256),
+    "trainer, stl10, 256 images": trainer,
+    "step, stl10, 32 images": partial(step, "stl10", 32),
+    "CUDA graphs, stl10, 32 images": partial(cuda_graphs, 32),
+    "sampling": sampling,
+    "evaluation": evaluation,
+    "step, stl10_large, 256 images": partial(step, "stl10_large", 256),
+    "loops of others, stl10, 256 images": partial(peers, "stl10", 256, "torch,notebook"),
+    "loops of others, kl, 64 images": lambda settings: peers("kl", 64, "diffusers", settings, *KL),
+    "encoding": encoding,
+    "step, stl10_large, 32 images": partial(step, "stl10_large", 32),
+}
+
+if __name__ == "__main__":
+    serve(MEASUREMENTS, "measured")
