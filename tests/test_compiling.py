@@ -100,6 +100,15 @@ def test_quick_compiling_is_not_told() -> None:
     assert told == []
 
 
+def test_code_for_other_instructions_has_a_folder_of_its_own() -> None:
+    """What was compiled for AVX-512 gives wrong numbers where only AVX2 may be used."""
+    program = "from vae_scale.training.compiling import folder; print(folder())"
+    limits = ({}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "SSE41"})
+    words = [sys.executable, "-c", program]
+    folders = {subprocess.run(words, env=os.environ | limit, capture_output=True, check=True).stdout for limit in limits}
+    assert len(folders) == len(limits)
+
+
 LADDER = ("--model.preset=ladder", "--model.patch=4")
 HIGHEST_DEFAULT = 8  # graphs of a function, by torch's own limit
 

@@ -62,18 +62,20 @@ def keep() -> None:
 def folder() -> Path:
     """$XDG_CACHE_HOME/vae_scale/compiled or ~/.cache/vae_scale/compiled, and in it one folder for each kind of CPU.
 
-    Code for a CPU is made for all that it can do, which torch does not look at when it takes code from the folder; a home may
-    be shared by machines of several kinds.
+    Code for a CPU is made for all that it can do, or may do (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA), which torch does not
+    look at when it takes code from the folder; made for another kind, it gives wrong numbers. A home may be shared by machines
+    of several kinds.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "vae_scale" / "compiled" / hashlib.sha256(_instructions().encode()).hexdigest()[:8]
 
 
 def _instructions() -> str:
-    """What the CPU can do, as far as the system tells."""
+    """What the CPU can do, as far as the system tells, and what torch and oneDNN may use of it."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.is_file() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    able = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    return f"{able} {torch.backends.cpu.get_cpu_capability()} {os.environ.get('ONEDNN_MAX_CPU_ISA', '')}"
 
 
 @contextlib.contextmanager
