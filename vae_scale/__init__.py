@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["VAE", "ResNetVAE", "__version__"]
 
 if TYPE_CHECKING:
