@@ -36,7 +36,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run, with the log of events of one that was stopped and went on."""
     folder = tmp_path_factory.mktemp("reported") / "first"
     words = [f"--data.shards={shards}", f"--run={folder}", *TINY, "--track.tracker=none", "--evaluate.latents=48"]
-    train(parse([*words, "--train.images=240", "--evaluate.every=120"])[0])
+    train(parse([*words, "--train.images=240", "--evaluate.every=120", "--checkpoint.every=120"])[0])
     with (folder / "events.jsonl").open("w") as file:
         for kind, images in EVENTS:
             line = {"time": "2026-11-23T22:01:08+00:00", "images": images, "event": kind, "text": f"it {kind}"}
