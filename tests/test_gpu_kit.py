@@ -59,8 +59,8 @@ def test_a_rehearsal_passes_every_check_without_optional_packages(tmp_path: Path
     packages.mkdir()
     done = run("--rehearse", "--minutes", 4.5, "--out", out, environment=environment(packages))
     results = json.loads((out / "results.json").read_text())
-    told = (out / "RESULTS.md").read_text()
-    assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{told}"
+    text = (out / "RESULTS.md").read_text()
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}\n{text}"
     for stage, statuses in {
         "environment": {"passed"},
         "correctness": {"passed", "needs a GPU"},
@@ -68,12 +68,12 @@ def test_a_rehearsal_passes_every_check_without_optional_packages(tmp_path: Path
         "quality": {"passed"},
     }.items():
         assert results[stage], stage
-        assert {entry["status"] for entry in results[stage]} <= statuses, told
+        assert {entry["status"] for entry in results[stage]} <= statuses, text
     names = {entry["name"] for entry in results["correctness"] if entry["status"] == "passed"}
     assert {"train and resume, fp32", "FSDP2, one process", "DDP, one process", "flow, sample, encode"} <= names
     assert (out / "samples.png").stat().st_size > 0
     assert len(list(out.iterdir())) <= 8
-    assert "## Correctness" in told
+    assert "## Correctness" in text
 
 
 def test_without_a_gpu_it_ends_with_one_line(tmp_path: Path) -> None:

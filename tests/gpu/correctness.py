@@ -143,8 +143,8 @@ def train_and_resume(precision: str, tolerance: float, settings: Settings) -> Re
     difference, theirs = largest_difference(resumed, unbroken), weights(run)
     same = not difference and all(torch.equal(ours, theirs[name]) for name, ours in weights(copied).items())
     assert difference <= tolerance, f"a resumed run differs by {difference:.1e}, more than {tolerance:.0e}"
-    told = "resumed bit-identically" if same else f"resumed with a relative difference of {difference:.1e}"
-    return f"{fall}; {told}", {"bit_identical": same, "largest_relative_difference": difference}
+    summary = "resumed bit-identically" if same else f"resumed with a relative difference of {difference:.1e}"
+    return f"{fall}; {summary}", {"bit_identical": same, "largest_relative_difference": difference}
 
 
 def skipped_steps(settings: Settings) -> Result:
@@ -352,11 +352,11 @@ def compiled_graphs(settings: Settings) -> Result:
     advance(trainer, 5)
     graphs, breaks = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
     reasons = [each.recompile_reason for each in get_compilation_metrics()[before:] if each.recompile_reason]
-    told = f"{graphs} graphs, {sum(breaks.values())} graph breaks, {len(reasons)} recompilations"
-    assert graphs >= 1, told
+    summary = f"{graphs} graphs, {sum(breaks.values())} graph breaks, {len(reasons)} recompilations"
+    assert graphs >= 1, summary
     unwanted = [*breaks, *reasons]
-    assert not unwanted, f"{told}: {unwanted}"
-    return told, {"graphs": graphs, "graph_breaks": sum(breaks.values()), "recompilations": len(reasons)}
+    assert not unwanted, f"{summary}: {unwanted}"
+    return summary, {"graphs": graphs, "graph_breaks": sum(breaks.values()), "recompilations": len(reasons)}
 
 
 # In the order in which they are started: those that take longest first.

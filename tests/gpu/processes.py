@@ -174,7 +174,7 @@ class Runner:
             else:
                 entry = Entry(name, "skipped: no time left", seconds=seconds)
             if entry.status == "failed" and (len(task.names) == 1 or not entry.output):
-                entry.output = [line[:300] for line in lines[-LAST_LINES:]]  # with what other programs told
+                entry.output = [line[:300] for line in lines[-LAST_LINES:]]  # with what other programs printed
             record(entry)
 
     def stop(self) -> None:

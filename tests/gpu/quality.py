@@ -131,8 +131,8 @@ def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
     texts = [text.format(values[f"eval/{key}"]) for key, text in SHOWN_METRICS.items() if f"eval/{key}" in values]
     values |= {"images": trainer.images_seen, "images_per_second": speed * train.batch}
     spent = time.perf_counter() - begin
-    told = f"held out: {', '.join(texts)}" if texts else "stopped at its time limit, before the evaluation"
-    return f"{trainer.images_seen:,} images in {spent:.0f} s after compilation; {told}", values
+    summary = f"held out: {', '.join(texts)}" if texts else "stopped at its time limit, before the evaluation"
+    return f"{trainer.images_seen:,} images in {spent:.0f} s after compilation; {summary}", values
 
 
 def neighbours(settings: Settings) -> tuple[str, dict[str, Any]]:

@@ -185,8 +185,8 @@ def peers(config: str, batch: int, families: str, settings: Settings, *more: str
     values = figures(report, benchmark.TRAIN)
     values["loops"] = {row["name"]: row["runs"] for row in report["rows"]}
     ratios = {name: ratio for name, ratio in report["ratios"].items() if name.startswith("over_")}
-    told = ", ".join(f"{name.removeprefix('over_')} {ratio:.2f}" for name, ratio in ratios.items())
-    return f"trainer over {told}" if ratios else f"missing: {report['missing']}", values
+    summary = ", ".join(f"{name.removeprefix('over_')} {ratio:.2f}" for name, ratio in ratios.items())
+    return f"trainer over {summary}" if ratios else f"missing: {report['missing']}", values
 
 
 def untrained(settings: Settings) -> VAE:
@@ -222,8 +222,8 @@ def sampling(settings: Settings) -> Result:
             begin = time.perf_counter()
             draw_images(model, draw, rounds * batch, batch, 0)  # compiled by now; pictures end in the host's memory
             speeds[solver] = rounds * batch / (time.perf_counter() - begin)
-    told = f"{steps} steps of Heun's method, batches of {batch}; {speeds['euler']:,.0f} images/s with Euler's"
-    return told, {"images_per_second": speeds["heun"], "euler_images_per_second": speeds["euler"]}
+    summary = f"{steps} steps of Heun's method, batches of {batch}; {speeds['euler']:,.0f} images/s with Euler's"
+    return summary, {"images_per_second": speeds["heun"], "euler_images_per_second": speeds["euler"]}
 
 
 def encoding(settings: Settings) -> Result:
@@ -273,9 +273,9 @@ def evaluation(settings: Settings) -> Result:
     for gpus in (1, 8):  # as if no part of it were shared by 8
         training = interval / size * each / gpus
         values[f"share_{gpus}_gpu"] = found["evaluation"] / (found["evaluation"] + training)
-    told = f"{found['evaluation']:.2f} s, a checkpoint with its mixture {found['checkpoint']:.2f} s; an evaluation is "
-    told += f"{values['share_1_gpu']:.2%} of a run on 1 GPU, at most {values['share_8_gpu']:.2%} on 8"
-    return told, values
+    summary = f"{found['evaluation']:.2f} s, a checkpoint with its mixture {found['checkpoint']:.2f} s; an evaluation is "
+    summary += f"{values['share_1_gpu']:.2%} of a run on 1 GPU, at most {values['share_8_gpu']:.2%} on 8"
+    return summary, values
 
 
 def compilation(settings: Settings) -> Result:

@@ -55,8 +55,8 @@ class Stage(ABC):
         """How good `model`, the averaged one, is on held-out images."""
 
     def fit_mixture(self, model: VAE, batch: int, processes: Processes) -> None:
-        """Gives `model` the mixture of its latents; only where the stage `fits_mixture`."""
-        raise NotImplementedError
+        """Gives `model` the mixture of its latents, if the stage `fits_mixture`."""
+        return
 
     def labelled(self, draws: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
         """The random numbers of a share of the batch, and what follows from which images these are."""
