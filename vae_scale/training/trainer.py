@@ -347,6 +347,7 @@ class Trainer:
         listed = self.config.folder / "left_out.json"
         if self.accelerator.is_main_process:
             listed.write_text(json.dumps({"images_seen": first, "images": held}, indent=2))
+        self.writer.wait()  # so that the newest checkpoint is there, and named
         saved = checkpoint.checkpoints(self.config.folder)
         raise UserError(
             f"{steps} steps in a row were left out, from step {first // self.config.train.batch + 1:,} "
