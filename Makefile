@@ -25,14 +25,14 @@ demo: $(VENV)/demo
 # Minutes of CPU for each way to generate images, on photographs in STL-10's binary layout.
 quality: $(VENV)/quality
 	@test -n "$(PHOTOS)" || { echo "error: make quality PHOTOS=DIR, a folder of binaries in STL-10's layout" >&2; exit 2; }
-	$(BIN)/python tests/quality.py --photos "$(PHOTOS)" --cpu-minutes $(MINUTES)
+	$(BIN)/python tests/benchmarks/quality.py --photos "$(PHOTOS)" --cpu-minutes $(MINUTES)
 
 # Kills runs again and again and checks that nothing is lost; half an hour or more.
 soak: $(VENV)/dev
-	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 1 --precision fp32
-	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 1 --precision bf16
-	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 2 --precision fp32
-	$(BIN)/python tests/soak.py --kills $(KILLS) --processes 2 --precision bf16
+	$(BIN)/python tests/benchmarks/soak.py --kills $(KILLS) --processes 1 --precision fp32
+	$(BIN)/python tests/benchmarks/soak.py --kills $(KILLS) --processes 1 --precision bf16
+	$(BIN)/python tests/benchmarks/soak.py --kills $(KILLS) --processes 2 --precision fp32
+	$(BIN)/python tests/benchmarks/soak.py --kills $(KILLS) --processes 2 --precision bf16
 
 # Checks and measures everything on a machine with a GPU, with the Python there: nothing is installed.
 gpu: MINUTES = 9

@@ -1,4 +1,4 @@
-"""Small data made on the spot: discs on gradients, in the layout of STL-10's binaries, and their shards."""
+"""Generated test data (discs on gradients) as STL-10 binaries and as shards, and a server for the shards."""
 
 import os
 import sys
@@ -11,49 +11,52 @@ import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# One thread: sums are the same from run to run, and a busy machine does not stall threads that wait for each other.
+# One thread makes sums reproducible, and avoids stalls on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from bad_server import Server
+
+from vae_scale.data.cache import Cache
 from vae_scale.data.images import Images
 from vae_scale.data.stl10 import write_binaries
 
-# How long an example takes says more about who else uses the machine.
-hypothesis.settings.register_profile("any machine", deadline=None)
-hypothesis.settings.load_profile("any machine")
+# The duration of an example depends on the load of the machine.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 COUNTS = {"train": 60, "test": 30, "unlabeled": 90}
 CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 
-# A network and a loop small enough for a test, on data that it can learn.
+# Options of a model and a run that are small enough for a test.
 TINY = [
     "--model.preset=tiny",
     "--model.width=16",
-    "--data.window=2",
+    "--data.shuffle_window=2",
     "--train.batch_size=12",
     "--train.log_every=5",
     "--train.precision=fp32",
     "--optimizer.lr=0.003",
-    "--optimizer.warmup=0",
+    "--optimizer.warmup_images=0",
     "--evaluate.samples=4",
 ]
 
 
 def discs(count: int, seed: int) -> Images:
-    """uint8 [count, 96, 96, 3]: a disc of random colour and place on a gradient of random colours."""
-    draw = np.random.default_rng(seed)
+    """Returns discs of random colour and position on random gradients: uint8 [count, 96, 96, 3]."""
+    rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:96, 0:96] / 95
     images = np.empty((count, 96, 96, 3), np.uint8)
     for image in images:
-        first, last, colour = draw.uniform(0, 255, (3, 3))
+        first, last, colour = rng.uniform(0, 255, (3, 3))
         image[:] = first + (last - first) * x[..., None]
-        centre, radius = draw.uniform(0.3, 0.7, 2), draw.uniform(0.1, 0.3)
+        centre, radius = rng.uniform(0.3, 0.7, 2), rng.uniform(0.1, 0.3)
         image[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2] = colour
     return images
 
 
 @pytest.fixture(autouse=True)
-def every_test_chooses_its_precision() -> Iterator[None]:
-    """Accelerate keeps the first precision of a process, which one test would hand down to the next."""
+def reset_accelerate() -> Iterator[None]:
+    """Resets the state of Accelerate, which keeps the first precision of a process."""
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
@@ -61,7 +64,7 @@ def every_test_chooses_its_precision() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of STL-10 binaries; its parent is a root for torchvision."""
+    """A folder of STL-10 binaries; its parent is a root folder for torchvision."""
     folder = tmp_path_factory.mktemp("root") / "stl10_binary"
     splits = {
         name: iter([(discs(count, seed), [row % 10 for row in range(count)])])
@@ -75,9 +78,23 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(binaries: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The binaries packed: seven shards of at most 25 images."""
+    """The binaries packed into seven shards of at most 25 images."""
     from vae_scale.pack import main
 
     out = tmp_path_factory.mktemp("shards")
     main(["--source=stl10", f"--data={binaries}", f"--out={out}", "--images-per-shard=25", "--workers=2"])
     return out
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[Server]:
+    """A web server for the shards."""
+    running = Server(shards)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """An empty cache."""
+    return Cache(tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Hosts, as far as Linux makes them: each with a network, a name, an /etc/hosts and processes of its own."""
+"""Simulated hosts: Linux namespaces with a separate network, host name, /etc/hosts and processes."""
 
 import os
 import shutil
@@ -7,28 +7,28 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-NEEDED = ("unshare", "nsenter", "setpriv", "ip", "mount", "hostname")
-WITH_US = ("setpriv", "--pdeathsig=KILL")  # a program started so ends when these tests do, however they end
+REQUIRED_TOOLS = ("unshare", "nsenter", "setpriv", "ip", "mount", "hostname")
+KILL_WITH_PARENT = ("setpriv", "--pdeathsig=KILL")
 
 
-def missing() -> str | None:
-    """Why hosts cannot be made here; None where they can."""
-    if lacking := [tool for tool in NEEDED if not shutil.which(tool)]:
-        return f"hosts need {', '.join(lacking)}"
+def skip_reason() -> str | None:
+    """Returns why hosts cannot be created here, or None."""
+    if missing := [tool for tool in REQUIRED_TOOLS if not shutil.which(tool)]:
+        return f"hosts need {', '.join(missing)}"
     if os.geteuid() != 0:
         return "hosts need root"
-    trial = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "ip", "link", "set", "lo", "up"]
-    ran = subprocess.run(trial, capture_output=True, text=True)
+    command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "ip", "link", "set", "lo", "up"]
+    ran = subprocess.run(command, capture_output=True, text=True)
     return f"hosts need namespaces: {ran.stderr.strip()}" if ran.returncode else None
 
 
 class Host:
-    """A host whose name and network last until `close`, whatever runs on it.
+    """A host that exists until `close`.
 
     Args:
-        name: Its name, which resolves to a loopback address, as on Debian.
-        folder: Where its files go.
-        names: Further lines of its /etc/hosts.
+        name: Host name, which resolves to a loopback address, as on Debian.
+        folder: Folder for its files.
+        names: Additional lines of /etc/hosts.
     """
 
     def __init__(self, name: str, folder: Path, names: str = "") -> None:
@@ -38,31 +38,33 @@ class Host:
         script = (
             f"mount --bind {folder}/hosts /etc/hosts && hostname {name} && ip link set lo up && echo up && exec sleep infinity"
         )
-        holding = [*WITH_US, "unshare", "--net", "--uts", "--mount", "sh", "-c", script]
-        self._holder = subprocess.Popen(holding, stdout=subprocess.PIPE, text=True)
+        command = [*KILL_WITH_PARENT, "unshare", "--net", "--uts", "--mount", "sh", "-c", script]
+        self._holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._holder.stdout is not None
         assert self._holder.stdout.readline() == "up\n"
         self._programs: list[subprocess.Popen[bytes]] = []
 
     @property
     def pid(self) -> int:
-        """A process in its network."""
+        """A process in the host's namespaces."""
         return self._holder.pid
 
     @property
-    def within(self) -> list[str]:
-        """What comes before a program's name to run it on this host."""
+    def command_prefix(self) -> list[str]:
+        """The command that runs a program on this host."""
         return ["nsenter", f"--target={self.pid}", "--net", "--uts", "--mount"]
 
-    def run(self, *words: str) -> str:
-        """Runs a program to its end and returns what it printed."""
-        return subprocess.run([*self.within, *words], check=True, capture_output=True, text=True).stdout
+    def run(self, *command: str) -> str:
+        """Runs a program and returns its output."""
+        return subprocess.run([*self.command_prefix, *command], check=True, capture_output=True, text=True).stdout
 
-    def start(self, words: list[str], environment: dict[str, str], told: Path) -> "subprocess.Popen[bytes]":
-        """Starts a program that takes all of its processes with it when it is killed; what it prints is added to `told`."""
-        alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        with told.open("ab") as file:
-            program = subprocess.Popen([*WITH_US, *self.within, *alone, *words], env=environment, stdout=file, stderr=file)
+    def start(self, command: list[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+        """Starts a program whose child processes are killed with it. Its output is appended to `log`."""
+        namespace = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        with log.open("ab") as file:
+            program = subprocess.Popen(
+                [*KILL_WITH_PARENT, *self.command_prefix, *namespace, *command], env=environment, stdout=file, stderr=file
+            )
         self._programs.append(program)
         return program
 
@@ -72,9 +74,9 @@ class Host:
             process.wait()
 
 
-def wait_for(condition: Callable[[], object], seconds: float, told: Callable[[], str] = str) -> None:
-    """Waits until a condition holds; fails with what was told where it does not."""
+def wait_for(condition: Callable[[], object], seconds: float, describe: Callable[[], str] = str) -> None:
+    """Waits until a condition holds and fails with a description after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, told()
+        assert time.monotonic() < end, describe()
         time.sleep(0.1)

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import compare_loaders
 import numpy as np
 import pytest
 import torch
+from compare_loaders import check_peer, shuffle_quality
 from conftest import TINY
+from loader_peers import Peer
 from torch import Tensor, nn
 
-from vae_scale.bench import main, read
+from vae_scale.bench import main, parse_args
 from vae_scale.benchmark import data, measuring, training
-from vae_scale.benchmark.data_peers import Peer
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
 
@@ -25,36 +27,43 @@ def test_the_report_is_printed_and_written(
     main(["data", "--shards", str(shards), "--batch=16", "--repeats=2", "--json", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ratios"]["of_gather_limit"] > 0
-    assert {row["name"] for row in report["rows"]} >= {f"{data.LIMIT}, 1 thread", "vae_scale, npy"}
+    names = {row["name"] for row in report["rows"]}
+    assert names >= {f"{data.LIMIT}, 1 thread", "vae_scale, npy", "webdataset", "torchvision"}
+    assert set(report["ratios"]) == {"of_gather_limit", "over_webdataset", "over_torchvision"}
     assert all(len(row["runs"]) == 2 and min(row["runs"]) > 0 for row in report["rows"])
     assert report["machine"]["torch"] == torch.__version__
+    assert "of_gather_limit" in capsys.readouterr().out
+
+
+def test_all_loaders_are_compared(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "SECONDS", 0.05)
+    compare_loaders.main(["--shards", str(shards), "--batch=16", "--repeats=1", "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["ratios"].keys() >= {"of_gather_limit", "over_webdataset", "png_over_webdataset", "jpg_over_webdataset"}
     assert [line["window"] for line in report["shuffle"]] == [1, 4, 9, None]
-    printed = capsys.readouterr().out
-    assert "of_gather_limit" in printed
-    assert "random permutation" in printed
 
 
 def test_the_bare_step_unscales_gradients(shards: Path) -> None:
-    config = read(["step", f"--data.shards={shards}", *TINY])[1]
+    config = parse_args(["step", f"--data.shards={shards}", *TINY])[1]
     assert config is not None
     moments = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
-        with training.opened(config) as subject:
+        with training.open_trainer(config) as subject:
             subject.trainer.accelerator.scaler = scaler
             subject.step()
-            adamw = subject.trainer.update.adamw
+            adamw = subject.trainer.optimizer_step.adamw
             moments.append(torch.cat([state["exp_avg"].flatten() for state in adamw.state.values()]))
     torch.testing.assert_close(moments[0], moments[1], rtol=1e-3, atol=1e-6)
 
 
-def test_a_wider_window_shuffles_better_and_all_shards_as_well_as_chance() -> None:
-    one, four, everything, chance = data.shuffle_quality([50] * 20, 10, [1, 4, 20])
+def test_larger_windows_shuffle_better_and_all_shards_as_well_as_a_permutation() -> None:
+    one, four, everything, chance = shuffle_quality([50] * 20, 10, [1, 4, 20])
     assert one.same_shard > 0.95 > four.same_shard > everything.same_shard
-    assert one.neighbours > four.neighbours > everything.neighbours
-    for found in (one, four, everything):
-        assert found.displacement == pytest.approx(1 / 3, abs=0.05)
+    assert one.neighbors > four.neighbors > everything.neighbors
+    for quality in (one, four, everything):
+        assert quality.displacement == pytest.approx(1 / 3, abs=0.05)
     assert everything.same_shard == pytest.approx(chance.same_shard, abs=0.02)
-    assert everything.neighbours == pytest.approx(2 / 1000, abs=0.002)
+    assert everything.neighbors == pytest.approx(2 / 1000, abs=0.002)
 
 
 def honest(images: np.ndarray) -> Peer:
@@ -62,22 +71,22 @@ def honest(images: np.ndarray) -> Peer:
         for numbers in torch.randperm(len(images)).split(8):
             yield torch.from_numpy(images[numbers.numpy()]), numbers
 
-    return Peer("honest", "webdataset", True, epoch, lambda found: found)
+    return Peer("honest", "webdataset", True, epoch, lambda images: images)
 
 
-def test_a_peer_that_gives_other_images_is_not_timed(shards: Path) -> None:
-    found = ShardSet.open(shards)
-    images = found.images(np.arange(len(found)))
+def test_a_loader_that_returns_other_images_is_refused(shards: Path) -> None:
+    shard_set = ShardSet.open(shards)
+    images = shard_set.load_images(np.arange(len(shard_set)))
     peer = honest(images)
-    data._verify(peer, images)
-    wrong = replace(peer, pixels=lambda found: found.roll(1, 0))
+    check_peer(peer, images)
+    wrong = replace(peer, pixels=lambda images: images.roll(1, 0))
     with pytest.raises(UserError, match=r"honest: image \d+ differs from the set's"):
-        data._verify(wrong, images)
-    lossy = replace(wrong, pixels=lambda found: (found.int() + 1).clamp(max=255).to(torch.uint8), lossless=False)
-    data._verify(lossy, images)
+        check_peer(wrong, images)
+    lossy = replace(wrong, pixels=lambda images: (images.int() + 1).clamp(max=255).to(torch.uint8), lossless=False)
+    check_peer(lossy, images)
     fewer = replace(peer, epoch=lambda: iter(list(peer.epoch())[:-1]))
-    with pytest.raises(UserError, match=r"honest: \d+ of 180 images did not come"):
-        data._verify(fewer, images)
+    with pytest.raises(UserError, match=r"honest: \d+ of 180 images are missing"):
+        check_peer(fewer, images)
 
 
 def test_too_few_images_are_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,8 +105,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_training_is_measured_whole_and_in_parts(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"--data.shards={shards}", *TINY, f"--run={tmp_path / 'run'}", "--train.accumulation=2", "--optimizer.clip=0.5"]
+def test_the_trainer_and_its_parts_are_measured(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        f"--data.shards={shards}",
+        *TINY,
+        f"--run={tmp_path / 'run'}",
+        "--train.gradient_accumulation_steps=2",
+        "--optimizer.max_grad_norm=0.5",
+    ]
     main(["train", *words, "--repeats=2", "--json", str(tmp_path / "report.json"), "--profile", str(tmp_path / "traces")])
     report = json.loads((tmp_path / "report.json").read_text())
     names = [training.STEP, training.TRAIN, training.SAVING]
@@ -109,7 +124,7 @@ def test_training_is_measured_whole_and_in_parts(shards: Path, tmp_path: Path, c
     assert 0 <= ratios["data_wait"] < 1
     parts = {part["name"]: part for part in report["parts"]}
     every = {"data wait", "draws", "forward", "backward", "clip and optimizer", "EMA", "logging", "checkpoint stall"}
-    assert set(parts) == every | {"the rest"}
+    assert set(parts) == every | {"other"}
     assert all(parts[name]["ms_each"] > 0 for name in every)
     assert parts["forward"]["ms_per_step"] == pytest.approx(2 * parts["forward"]["ms_each"])  # two pieces
     assert parts["logging"]["ms_per_step"] == pytest.approx(parts["logging"]["ms_each"] / 5)
@@ -125,18 +140,18 @@ def test_training_is_measured_whole_and_in_parts(shards: Path, tmp_path: Path, c
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_bare_step_is_measured_alone(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_step_is_measured_alone(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["step", f"--data.shards={shards}", *TINY, "--repeats=1", "--json", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["ratios"]) == {"mfu"}
     assert report["parts"] == []
-    assert "bare step" in capsys.readouterr().out
+    assert "training step" in capsys.readouterr().out
 
 
-def test_a_run_that_is_measured_moves_the_weights_in_the_whole_trainer_only(shards: Path, tmp_path: Path) -> None:
-    config = read(["train", f"--data.shards={shards}", *TINY, f"--run={tmp_path}", "--track.tracker=none"])[1]
+def test_measuring_the_step_does_not_change_the_weights(shards: Path, tmp_path: Path) -> None:
+    config = parse_args(["train", f"--data.shards={shards}", *TINY, f"--run={tmp_path}", "--track.tracker=none"])[1]
     assert config is not None
-    with training.Subject(training.Trainer(config)) as subject:
+    with training.MeasuredTrainer(training.Trainer(config)) as subject:
         weights = [parameter.clone() for parameter in subject.trainer.model.parameters()]
         subject.step()
         assert all(map(torch.equal, weights, subject.trainer.model.parameters()))
@@ -145,7 +160,7 @@ def test_a_run_that_is_measured_moves_the_weights_in_the_whole_trainer_only(shar
     assert (tmp_path / "checkpoints" / "images_000000012").exists()
 
 
-def test_flops_are_those_counted_by_hand() -> None:
+def test_flops_match_a_count_by_hand() -> None:
     linear = nn.Linear(7, 5)  # weights' gradient as costly as the product; none of its input is wanted
     assert training.count_flops(lambda: linear(torch.randn(3, 7)).sum()) == 2 * (2 * 3 * 7 * 5)
     convolution = nn.Conv2d(4, 6, 3, padding=1)
@@ -154,16 +169,16 @@ def test_flops_are_those_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["data", "--shards=x", "--model.width=3"], "unrecognized arguments: --model.width=3"),
         (["step", "--train.bacth_size=3"], "train.bacth_size"),
         (["train", "--data.shards=nowhere"], "nowhere"),
-        (["train", "--dry-run"], "--dry-run goes with python -m vae_scale.train"),
+        (["train", "--dry-run"], "--dry-run is an option of python -m vae_scale.train"),
         (["train", "--repeats=0"], "--repeats is 0"),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_reported_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(words)
-    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""What torch compiles is kept for later runs, and shown while it is under way."""
+"""torch.compile: persistent cache, progress reports, and no recompilation."""
 
 import json
 import os
@@ -15,122 +15,122 @@ from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from launch import DDP, FSDP2, train
-from vae_scale.training import compiling
+from vae_scale.runtime import compiling
 
-COUNTED = str(Path(__file__).parent / "programs" / "compiled.py")
+PROGRAM = str(Path(__file__).parent / "programs" / "count_graphs.py")
 
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
 STEP = """
 import json
 import torch
 from torch._dynamo.utils import counters
-from vae_scale.training.compiling import compiled
+from vae_scale.runtime.compiling import compile_function
 
 def loss(x, weight):
     return (x @ weight).tanh().square().sum()
 
 weight = torch.ones(4, 4, requires_grad=True)
-compiled(loss)(torch.ones(3, 4), weight).backward()
+compile_function(loss)(torch.ones(3, 4), weight).backward()
 names = ("fxgraph_cache_hit", "fxgraph_cache_miss")
 print(json.dumps([counters["inductor"][name] for name in names]))
 """
 
 
-def step(home: Path) -> tuple[int, int]:
-    """Parts of a small step, forward and backward, that a new process finds compiled, and that it compiles."""
+def run_step(home: Path) -> tuple[int, int]:
+    """Returns the cache hits and misses of a small forward and backward pass in a new process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
     environment |= {"XDG_CACHE_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    found, made = json.loads(done.stdout)
-    return found, made
+    hits, misses = json.loads(done.stdout)
+    return hits, misses
 
 
 @NEEDS_COMPILER
-def test_a_second_process_compiles_nothing_anew(tmp_path: Path) -> None:
-    assert step(tmp_path) == (0, 2)
+def test_second_process_uses_the_cache(tmp_path: Path) -> None:
+    assert run_step(tmp_path) == (0, 2)
     assert list((tmp_path / "vae_scale" / "compiled").glob("**/*.so"))
-    assert step(tmp_path) == (2, 0)
+    assert run_step(tmp_path) == (2, 0)
 
 
-def test_another_place_that_the_user_names_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_of_the_user_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for place, kept in (("/my/own", "/my/own"), (default_cache_dir(), str(compiling.folder()))):
-        monkeypatch.setenv(compiling.FOLDER, place)
-        compiling.keep()
-        assert os.environ[compiling.FOLDER] == kept
+    for before, after in (("/custom", "/custom"), (default_cache_dir(), str(compiling.cache_folder()))):
+        monkeypatch.setenv(compiling.CACHE_VARIABLE, before)
+        compiling.enable_persistent_cache()
+        assert os.environ[compiling.CACHE_VARIABLE] == after
 
 
-def test_where_the_home_cannot_be_written_torch_keeps_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_cache_folder_is_used_if_home_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setenv(compiling.FOLDER, default_cache_dir())
-    compiling.keep()
-    assert os.environ[compiling.FOLDER] == default_cache_dir()
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, default_cache_dir())
+    compiling.enable_persistent_cache()
+    assert os.environ[compiling.CACHE_VARIABLE] == default_cache_dir()
 
 
 @NEEDS_COMPILER
-def test_slow_compiling_is_told_while_it_lasts_and_nothing_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(compiling.FOLDER, str(tmp_path))
-    monkeypatch.setattr(compiling, "PATIENCE", 0.3)
-    monkeypatch.setattr(compiling, "INTERVAL", 0.1)
-    told: list[str] = []
+def test_slow_compilation_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(compiling, "REPORT_AFTER", 0.3)
+    monkeypatch.setattr(compiling, "REPORT_INTERVAL", 0.1)
+    messages: list[str] = []
 
     def loss(x: Tensor) -> Tensor:
         return (x @ x).sin().softmax(1).square().sum()
 
-    step, x = compiling.compiled(loss), torch.ones(5, 5, requires_grad=True)
-    with compiling.shown(told.append):
+    step, x = compiling.compile_function(loss), torch.ones(5, 5, requires_grad=True)
+    with compiling.report_compilation(messages.append):
         result = step(x)
-        forward = len(told)
+        forward = len(messages)
         result.backward()
-        told_then = list(told)
-        step(x).backward()  # compiled by now
-    assert 0 < forward < len(told_then)
-    assert told == told_then
-    assert all(re.fullmatch(r"compiling: \d+ s|compiled in \d+ s", line) for line in told)
-    assert [told[0][:9], told[-1][:9]] == ["compiling", "compiled "]
+        messages_before = list(messages)
+        step(x).backward()  # already compiled
+    assert 0 < forward < len(messages_before)
+    assert messages == messages_before
+    assert all(re.fullmatch(r"compiling: \d+ s|compiled in \d+ s", line) for line in messages)
+    assert [messages[0][:9], messages[-1][:9]] == ["compiling", "compiled "]
 
 
-def test_quick_compiling_is_not_told() -> None:
-    told: list[str] = []
-    with compiling.shown(told.append):
+def test_quick_compilation_is_not_reported() -> None:
+    messages: list[str] = []
+    with compiling.report_compilation(messages.append):
         torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
-    torch.compile(lambda x: x - 1, backend="eager")(torch.ones(3))  # nobody listens any more
-    assert told == []
+    torch.compile(lambda x: x - 1, backend="eager")(torch.ones(3))  # outside of the context
+    assert messages == []
 
 
-def test_code_for_other_instructions_has_a_folder_of_its_own() -> None:
-    """What was compiled for AVX-512 gives wrong numbers where only AVX2 may be used."""
-    program = "from vae_scale.training.compiling import folder; print(folder())"
+def test_cache_folder_depends_on_the_instruction_set() -> None:
+    """Code compiled for AVX-512 gives wrong results with AVX2 only."""
+    program = "from vae_scale.runtime.compiling import cache_folder; print(cache_folder())"
     limits = ({}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "SSE41"})
-    words = [sys.executable, "-c", program]
-    folders = {subprocess.run(words, env=os.environ | limit, capture_output=True, check=True).stdout for limit in limits}
+    arguments = [sys.executable, "-c", program]
+    folders = {subprocess.run(arguments, env=os.environ | limit, capture_output=True, check=True).stdout for limit in limits}
     assert len(folders) == len(limits)
 
 
-LADDER = ("--model.preset=ladder", "--model.patch=4")
-HIGHEST_DEFAULT = 8  # graphs of a function, by torch's own limit
+HIERARCHICAL = ("--model.preset=hierarchical", "--model.patch_size=4")
+DEFAULT_RECOMPILE_LIMIT = 8  # torch's default
 
 
 @pytest.mark.parametrize(
     ("processes", "config", "options", "graphs"),
     [
         (1, DDP, (), 1),
-        (1, DDP, ("--train.accumulation=2", "--data.crop=0.2"), 1),
-        (2, DDP, ("--train.accumulation=2",), 1),
-        (2, FSDP2, ("--train.accumulation=2",), None),
-        (2, FSDP2, LADDER, None),
+        (1, DDP, ("--train.gradient_accumulation_steps=2", "--data.random_crop=0.2"), 1),
+        (2, DDP, ("--train.gradient_accumulation_steps=2",), 1),
+        (2, FSDP2, ("--train.gradient_accumulation_steps=2",), None),
+        (2, FSDP2, HIERARCHICAL, None),
     ],
-    ids=["one process", "accumulation", "DDP", "FSDP2", "FSDP2 ladder"],
+    ids=["one process", "accumulation", "DDP", "FSDP2", "FSDP2 hierarchical"],
 )
-def test_the_first_step_compiles_all_graphs_and_nothing_falls_back_to_eager(
+def test_first_step_compiles_all_graphs_without_eager_fallback(
     shards: Path, tmp_path: Path, processes: int, config: Path, options: tuple[str, ...], graphs: int | None
 ) -> None:
-    words = [f"--data.shards={shards}", f"--run={tmp_path / 'run'}", *TINY, "--track.tracker=none", "--train.compile=on"]
-    words += ["--train.images=24", "--evaluate.every=12", "--checkpoint.every=12", *options]
-    train(processes, tmp_path / "graphs", *words, program=COUNTED, config=config)
+    arguments = [f"--data.shards={shards}", f"--run={tmp_path / 'run'}", *TINY, "--track.tracker=none", "--train.compile=on"]
+    arguments += ["--train.images=24", "--evaluate.every=12", "--checkpoint.every=12", *options]
+    train(processes, tmp_path / "graphs", *arguments, program=PROGRAM, config=config)
     for rank in range(processes):
         first, *others = json.loads((tmp_path / f"graphs.{rank}").read_text())
-        assert first == graphs or (graphs is None and first > HIGHEST_DEFAULT)
+        assert first == graphs or (graphs is None and first > DEFAULT_RECOMPILE_LIMIT)
         assert others == [first]  # evaluation and checkpoints included

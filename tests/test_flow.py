@@ -1,4 +1,4 @@
-"""The rectified-flow prior: the network, its training as a second stage, and sampling from it."""
+"""The rectified-flow prior: the network, its training as a second stage, and sampling."""
 
 import json
 from pathlib import Path
@@ -10,24 +10,24 @@ from conftest import COUNTS, TINY
 from safetensors.torch import load_file
 
 from launch import DDP, FSDP2, losses, train
-from vae_scale.config import parse
+from vae_scale.config.parsing import parse
+from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
 from vae_scale.evaluate import main as evaluate
-from vae_scale.models.flow import AUGMENTATIONS, Flow
-from vae_scale.models.vae import VAE, Posterior, Sampler
+from vae_scale.models.flow import AUGMENTATION_DIM, Flow
+from vae_scale.models.vae import VAE, Posterior, SamplingConfig
+from vae_scale.runtime import checkpoint
 from vae_scale.sample import main as sample
-from vae_scale.training import checkpoint
-from vae_scale.training.objective import to_model
 from vae_scale.training.trainer import Trainer
 
 SHAPE = (3, 4, 4)
 FLOW = ["--prior.width=64", "--prior.depth=2", "--track.tracker=none"]
 
 
-def small_flow(classes: int = 2) -> Flow:
+def small_flow(num_classes: int = 2) -> Flow:
     torch.manual_seed(0)
-    flow = Flow(64, 2, 2, SHAPE, classes)
-    for parameter in flow.parameters():  # zeros at the start would hide what depends on what
+    flow = Flow(64, 2, 2, SHAPE, num_classes)
+    for parameter in flow.parameters():  # zero-initialized layers would hide errors
         torch.nn.init.normal_(parameter, std=0.1)
     return flow
 
@@ -44,21 +44,21 @@ def words(shards: Path, vae: Path, run: Path, *more: object) -> list[str]:
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (5, 1, 1), (2, 3, 3)])
-def test_a_velocity_has_the_shape_of_its_latent_and_starts_at_zero(shape: tuple[int, int, int]) -> None:
+def test_the_velocity_has_the_shape_of_the_latents_and_is_initialized_to_zero(shape: tuple[int, int, int]) -> None:
     flow = Flow(64, 2, 1, shape, 2)
     z = torch.randn(5, *shape)
-    velocity = flow(z, torch.rand(5), torch.tensor([0, 1, 2, 2, 0]), torch.zeros(5, AUGMENTATIONS))
+    velocity = flow(z, torch.rand(5), torch.tensor([0, 1, 2, 2, 0]), torch.zeros(5, AUGMENTATION_DIM))
     assert velocity.shape == z.shape
     assert not velocity.any()
 
 
-def test_time_label_augmentation_and_place_matter_and_other_images_do_not() -> None:
+def test_the_velocity_depends_on_all_inputs_but_not_on_other_images() -> None:
     flow = small_flow()
     z, time, label, plain = (
         torch.randn(2, *SHAPE),
         torch.tensor([0.3, 0.6]),
         torch.tensor([0, 1]),
-        torch.zeros(2, AUGMENTATIONS),
+        torch.zeros(2, AUGMENTATION_DIM),
     )
     velocity = flow(z, time, label, plain)
     assert torch.allclose(flow(z[:1], time[:1], label[:1], plain[:1]), velocity[:1], atol=1e-5)
@@ -72,121 +72,127 @@ def test_time_label_augmentation_and_place_matter_and_other_images_do_not() -> N
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_more_steps_come_closer_to_where_the_flow_leads(solver: str) -> None:
+def test_more_steps_lower_the_integration_error(solver: str) -> None:
     flow, noise, label = small_flow(), torch.randn(4, *SHAPE), torch.full((4,), 2)
-    exact = flow.draw(noise, label, 1.0, 300, "heun")
-    error = [(flow.draw(noise, label, 1.0, steps, solver) - exact).abs().mean() for steps in (2, 8, 32)]  # type: ignore[arg-type]
+    exact = flow.sample(noise, label, 1.0, 300, "heun")
+    error = [(flow.sample(noise, label, 1.0, steps, solver) - exact).abs().mean() for steps in (2, 8, 32)]  # type: ignore[arg-type]
     assert error[0] > error[1] > error[2]
 
 
-def test_heun_is_closer_than_euler_and_guidance_changes_the_class_only() -> None:
+def test_heun_is_more_accurate_than_euler_and_guidance_needs_a_class() -> None:
     flow, noise = small_flow(), torch.randn(4, *SHAPE)
-    none, first = torch.full((4,), 2), torch.zeros(4, dtype=torch.long)
-    exact = flow.draw(noise, first, 1.0, 300, "heun")
-    heun, euler = ((flow.draw(noise, first, 1.0, 16, solver) - exact).abs().mean() for solver in ("heun", "euler"))
+    no_label, label = torch.full((4,), 2), torch.zeros(4, dtype=torch.long)
+    exact = flow.sample(noise, label, 1.0, 300, "heun")
+    heun, euler = ((flow.sample(noise, label, 1.0, 16, solver) - exact).abs().mean() for solver in ("heun", "euler"))
     assert heun < euler
-    assert not torch.allclose(flow.draw(noise, first, 3.0, 8, "heun"), flow.draw(noise, first, 1.0, 8, "heun"))
-    assert torch.allclose(flow.draw(noise, none, 3.0, 8, "heun"), flow.draw(noise, none, 1.0, 8, "heun"), atol=1e-5)
+    assert not torch.allclose(flow.sample(noise, label, 3.0, 8, "heun"), flow.sample(noise, label, 1.0, 8, "heun"))
+    assert torch.allclose(flow.sample(noise, no_label, 3.0, 8, "heun"), flow.sample(noise, no_label, 1.0, 8, "heun"), atol=1e-5)
 
 
-def test_normalising_is_undone_in_sampling() -> None:
-    flow = Flow(64, 1, 2, SHAPE, 0)  # its velocity is zero: a draw is the noise itself, put back
-    flow.shift, flow.scale = torch.randn(3, 1, 1), torch.rand(3, 1, 1) + 0.5
+def test_sampling_inverts_the_normalization() -> None:
+    flow = Flow(64, 1, 2, SHAPE, 0)  # its velocity is zero
+    flow.latent_mean, flow.latent_std = torch.randn(3, 1, 1), torch.rand(3, 1, 1) + 0.5
     noise = torch.randn(2, *SHAPE)
-    drawn = flow.draw(noise, torch.zeros(2, dtype=torch.long), 1.0, 3, "heun")
-    assert torch.allclose(flow.normalise(drawn), noise, atol=1e-5)
+    samples = flow.sample(noise, torch.zeros(2, dtype=torch.long), 1.0, 3, "heun")
+    assert torch.allclose(flow.normalize(samples), noise, atol=1e-5)
 
 
-def test_a_flow_learns_a_distribution_that_is_not_normal() -> None:
-    """Two points, at +1 and -1 in every number: samples must lie at either, and about as often."""
+def test_a_flow_learns_a_bimodal_distribution() -> None:
+    """Two points, +1 and -1 in all values, with equal probability."""
     torch.manual_seed(0)
     flow = Flow(64, 2, 1, (1, 2, 2), 0)
     optimizer = torch.optim.Adam(flow.parameters(), 2e-3)
-    nothing = torch.zeros(128, dtype=torch.long)
+    no_label = torch.zeros(128, dtype=torch.long)
     for _ in range(400):
         latent = (torch.randint(0, 2, (128, 1, 1, 1)) * 2.0 - 1).expand(128, 1, 2, 2)
         start, time = torch.randn(128, 1, 2, 2), torch.randn(128).sigmoid()
-        way = time[:, None, None, None]
-        velocity = flow((1 - way) * latent + way * start, time, nothing, torch.zeros(128, AUGMENTATIONS))
+        t = time[:, None, None, None]
+        velocity = flow((1 - t) * latent + t * start, time, no_label, torch.zeros(128, AUGMENTATION_DIM))
         loss = (velocity - (start - latent)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    drawn = flow.draw(torch.randn(512, 1, 2, 2), torch.zeros(512, dtype=torch.long), 1.0, 25, "heun")
-    assert (drawn.abs() - 1).abs().mean() < 0.15
-    assert 0.4 < (drawn[:, 0, 0, 0] > 0).float().mean() < 0.6
-    assert (drawn.flatten(1).sign().sum(1).abs() == 4).float().mean() > 0.95
+    samples = flow.sample(torch.randn(512, 1, 2, 2), torch.zeros(512, dtype=torch.long), 1.0, 25, "heun")
+    assert (samples.abs() - 1).abs().mean() < 0.15
+    assert 0.4 < (samples[:, 0, 0, 0] > 0).float().mean() < 0.6
+    assert (samples.flatten(1).sign().sum(1).abs() == 4).float().mean() > 0.95
 
 
-def test_the_second_stage_learns_and_leaves_the_vae_alone(shards: Path, vae: Path, tmp_path: Path) -> None:
+def test_the_second_stage_learns_and_does_not_change_the_vae(shards: Path, vae: Path, tmp_path: Path) -> None:
     run = tmp_path / "flow"
-    trainer = Trainer(parse(words(shards, vae, run, "--train.images=960", "--evaluate.every=240", "--data.crop=0.2"))[0])
+    trainer = Trainer(parse(words(shards, vae, run, "--train.images=960", "--evaluate.every=240", "--data.random_crop=0.2"))[0])
     trainer.run()
-    folder, before = checkpoint.newest(run), checkpoint.newest(vae)
+    folder, before = checkpoint.newest_checkpoint(run), checkpoint.newest_checkpoint(vae)
     assert folder is not None
     assert before is not None
     frozen, weights = load_file(before / "ema.safetensors"), load_file(folder / "ema.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in frozen.items())
     assert {name.split(".")[0] for name in weights.keys() - frozen.keys()} == {"flow"}
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    errors = [line["eval/velocity_error"] for line in found if "eval/velocity_error" in line]
-    assert errors[-1] < errors[0] < 1.5  # a flow that knows nothing has 2, the variances of noise and latent together
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    errors = [line["eval/velocity_error"] for line in metrics if "eval/velocity_error" in line]
+    assert errors[-1] < errors[0] < 1.5  # 2 for a velocity of zero: the variances of noise and latents
 
     model = VAE.from_pretrained(folder, "ema.safetensors")
-    assert model.name_prior() == "rectified flow (25 heun steps)"
+    assert model.describe_prior() == "rectified flow (25 heun steps)"
     assert model.class_names == tuple(trainer.train_set.class_names)
-    drawn = model.sample(3, seed=1, sampler=Sampler(steps=3))
-    assert drawn.shape == (3, 3, 96, 96)
-    assert torch.allclose(model.sample(2, seed=1, sampler=Sampler(steps=3), batch_size=1), drawn[:2], atol=1e-4)
-    assert not torch.allclose(model.sample(3, seed=1, sampler=Sampler(steps=3, label=0, guidance=4)), drawn, atol=1e-3)
-    assert model.name_prior("gmm").startswith("mixture") == (model.mixture is not None)
+    samples = model.sample(3, seed=1, sampling=SamplingConfig(steps=3))
+    assert samples.shape == (3, 3, 96, 96)
+    assert torch.allclose(model.sample(2, seed=1, sampling=SamplingConfig(steps=3), batch_size=1), samples[:2], atol=1e-4)
+    assert not torch.allclose(
+        model.sample(3, seed=1, sampling=SamplingConfig(steps=3, label=0, guidance=4)), samples, atol=1e-3
+    )
+    assert model.describe_prior("gmm").startswith("mixture") == (model.mixture is not None)
 
 
-def test_a_run_of_the_second_stage_is_sampled_by_class_and_evaluated(
+def test_a_flow_is_sampled_by_class_and_evaluated(
     shards: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "flow", tmp_path / "x.png"
     Trainer(parse(words(shards, vae, run, "--train.images=12"))[0]).run()
     few = [f"--run={run}", "--steps=2", "--solver=euler"]
-    for wanted in ("cat", "3"):
-        sample([*few, "--num=2", f"--out={out}", f"--class={wanted}", "--guidance=2"])
+    for label in ("cat", "3"):
+        sample([*few, "--num=2", f"--out={out}", f"--class={label}", "--guidance=2"])
         assert "from the prior rectified flow (2 euler steps)" in capsys.readouterr().out
-    for wanted in ("unicorn", "10"):
+    for label in ("unicorn", "10"):
         with pytest.raises(SystemExit):
-            sample([*few, "--num=2", f"--out={out}", f"--class={wanted}"])
-        assert f"--class {wanted}: not one of airplane" in capsys.readouterr().err
-    evaluate([*few, "--images=10", "--samples=8", "--importance=1", "--prior=flow", f"--json={tmp_path / 'report.json'}"])
+            sample([*few, "--num=2", f"--out={out}", f"--class={label}"])
+        assert f"--class {label}: not one of airplane" in capsys.readouterr().err
+    evaluate(
+        [*few, "--images=10", "--samples=8", "--importance-samples=1", "--prior=flow", f"--json={tmp_path / 'report.json'}"]
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["prior"] == "rectified flow (2 euler steps)"
     assert report["frechet_distance"] > 0
 
 
-def test_latents_are_normalised_by_the_aggregate_posterior(shards: Path, vae: Path, tmp_path: Path) -> None:
-    trainer = Trainer(parse(words(shards, vae, tmp_path, "--train.images=12", "--evaluate.latents=150"))[0])
+def test_latents_are_normalized_by_the_aggregate_posterior(shards: Path, vae: Path, tmp_path: Path) -> None:
+    trainer = Trainer(parse(words(shards, vae, tmp_path, "--train.images=12", "--evaluate.prior_fit_images=150"))[0])
     model, flow = trainer.model, trainer.model.flow
     assert flow is not None
     assert len(trainer.train_set) == COUNTS["train"] + COUNTS["unlabeled"]
     with torch.no_grad():
-        posterior: Posterior = model.encode(to_model(torch.from_numpy(trainer.train_set.images(np.arange(150)))))
-    drawn = torch.cat([posterior.sample(torch.randn_like(posterior.mean)) for _ in range(20)])
-    normal = flow.normalise(drawn)
-    assert normal.mean((0, 2, 3)).abs().max() < 0.02
-    assert (normal.std((0, 2, 3)) - 1).abs().max() < 0.02
+        posterior: Posterior = model.encode(normalize_images(torch.from_numpy(trainer.train_set.load_images(np.arange(150)))))
+    samples = torch.cat([posterior.sample(torch.randn_like(posterior.mean)) for _ in range(20)])
+    normalized = flow.normalize(samples)
+    assert normalized.mean((0, 2, 3)).abs().max() < 0.02
+    assert (normalized.std((0, 2, 3)) - 1).abs().max() < 0.02
 
 
-def test_the_second_stage_resumes_bit_for_bit(shards: Path, vae: Path, tmp_path: Path) -> None:
+def test_resuming_the_second_stage_is_bit_identical(shards: Path, vae: Path, tmp_path: Path) -> None:
     more = ("--train.images=180", "--train.log_every=1", "--checkpoint.every=60")
     Trainer(parse(words(shards, vae, tmp_path / "whole", *more))[0]).run()
-    Trainer(parse(words(shards, vae, tmp_path / "broken", *more))[0]).run()
-    for folder in checkpoint.checkpoints(tmp_path / "broken")[1:]:
+    Trainer(parse(words(shards, vae, tmp_path / "resumed", *more))[0]).run()
+    for folder in checkpoint.list_checkpoints(tmp_path / "resumed")[1:]:
         (folder / "model.safetensors").write_bytes(b"torn")
-    Trainer(parse(words(shards, vae, tmp_path / "broken", *more))[0]).run()
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    whole, again = (load_file(checkpoint.folder_of(tmp_path / name, 180) / "ema.safetensors") for name in ("whole", "broken"))
-    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    Trainer(parse(words(shards, vae, tmp_path / "resumed", *more))[0]).run()
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    uninterrupted, resumed = (
+        load_file(checkpoint.checkpoint_folder(tmp_path / name, 180) / "ema.safetensors") for name in ("whole", "resumed")
+    )
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
 
 
-def test_one_and_two_processes_train_the_second_stage_alike_by_ddp_and_fsdp2(shards: Path, vae: Path, tmp_path: Path) -> None:
+def test_one_and_two_processes_give_the_same_losses_with_ddp_and_fsdp2(shards: Path, vae: Path, tmp_path: Path) -> None:
     more = ("--train.images=60", "--train.log_every=1")
     Trainer(parse(words(shards, vae, tmp_path / "one", *more))[0]).run()
     for name, config in (("ddp", DDP), ("fsdp2", FSDP2)):
@@ -197,7 +203,7 @@ def test_one_and_two_processes_train_the_second_stage_alike_by_ddp_and_fsdp2(sha
         assert list(losses(tmp_path / name).values()) == pytest.approx(one, rel=1e-4)
 
 
-def test_a_second_stage_without_a_first_is_refused(shards: Path, vae: Path, tmp_path: Path) -> None:
+def test_a_second_stage_requires_a_trained_vae(shards: Path, vae: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prior\.vae .*nowhere: has no checkpoint yet"):
         Trainer(parse(words(shards, tmp_path / "nowhere", tmp_path / "run"))[0])
     Trainer(parse(words(shards, vae, tmp_path / "run", "--train.images=12"))[0]).run()
@@ -205,8 +211,8 @@ def test_a_second_stage_without_a_first_is_refused(shards: Path, vae: Path, tmp_
         Trainer(parse(words(shards, vae, tmp_path / "run", "--train.images=24", "--prior.depth=3"))[0])
 
 
-def test_a_prior_that_a_model_lacks_is_refused(vae: Path) -> None:
-    folder = checkpoint.newest(vae)
+def test_a_missing_prior_raises_an_error(vae: Path) -> None:
+    folder = checkpoint.newest_checkpoint(vae)
     assert folder is not None
     with pytest.raises(UserError, match="prior flow: this model has none"):
         VAE.from_pretrained(folder).sample(1, prior="flow")

@@ -1,4 +1,4 @@
-"""shards/README.md is the whole format: a reader and a writer made from its text alone, without the package."""
+"""shards/README.md specifies the format completely: a reader and a writer that use only the specification."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ def field(value: int, width: int) -> bytes:
 
 
 def member(name: str, content: bytes) -> bytes:
-    """A member as "A shard" describes it."""
+    """Returns a member as section "A shard" specifies it."""
     header = bytearray(512)
     header[: len(name)] = name.encode("ascii")
     header[100:124] = field(0o444, 8) + field(0, 8) + field(0, 8)
@@ -59,23 +59,23 @@ def test_a_writer_from_the_specification_writes_the_same_bytes(shards: Path) -> 
     assert rows == COUNTS
 
 
-def test_a_reader_from_the_specification_reads_all(binaries: Path, shards: Path) -> None:
+def test_a_reader_from_the_specification_reads_arrays(binaries: Path, shards: Path) -> None:
     index = manifest(shards)
-    ours = index["vae_scale"]
-    assert (ours["encoding"], ours["image_shape"], ours["class_names"]) == ("npy", [96, 96, 3], CLASSES)
-    height, width, channels = ours["image_shape"]
-    found: dict[str, list[np.ndarray]] = {}
+    header = index["vae_scale"]
+    assert (header["encoding"], header["image_shape"], header["class_names"]) == ("npy", [96, 96, 3], CLASSES)
+    height, width, channels = header["image_shape"]
+    images_by_split: dict[str, list[np.ndarray]] = {}
     labels: dict[str, list[int]] = {}
     for entry in index["shardlist"]:
         content = (shards / entry["url"]).read_bytes()
         assert len(content) == entry["filesize"]
         assert hashlib.md5(content).hexdigest() == entry["md5sum"]
         assert hashlib.sha256(content).hexdigest() == entry["sha256"]
-        count, stride, offset = entry["nsamples"], ours["stride"], ours["offset"]
+        count, stride, offset = entry["nsamples"], header["stride"], header["offset"]
         strides = (stride, width * channels, channels, 1)
         images = np.ndarray((count, height, width, channels), "u1", content, offset, strides)
         assert hashlib.sha256(images.tobytes()).hexdigest() == entry["pixels_sha256"]
-        first = sum(map(len, found.get(entry["split"], [])))
+        first = sum(map(len, images_by_split.get(entry["split"], [])))
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             members = tar.getmembers()
         for row in range(count):
@@ -86,21 +86,21 @@ def test_a_reader_from_the_specification_reads_all(binaries: Path, shards: Path)
             assert content[cls.offset_data : cls.offset_data + cls.size] == str(entry["labels"][row]).encode()
             for info in (cls, image):
                 assert (info.mode, info.uid, info.gid, info.mtime, info.uname, info.gname) == (0o444, 0, 0, 0, "", "")
-        found.setdefault(entry["split"], []).append(images)
+        images_by_split.setdefault(entry["split"], []).append(images)
         labels.setdefault(entry["split"], []).extend(entry["labels"])
     for seed, (split, count) in enumerate(COUNTS.items()):
-        assert np.array_equal(np.concatenate(found[split]), discs(count, seed))
+        assert np.array_equal(np.concatenate(images_by_split[split]), discs(count, seed))
         assert labels[split] == ([-1] * count if split == "unlabeled" else [row % 10 for row in range(count)])
 
 
-def test_the_other_files_are_what_the_specification_says(binaries: Path, shards: Path) -> None:
+def test_other_files_follow_the_specification(binaries: Path, shards: Path) -> None:
     index = manifest(shards)
-    ours, entries = index["vae_scale"], index["shardlist"]
+    header, entries = index["vae_scale"], index["shardlist"]
     assert json.loads((shards / "sizes.json").read_text()) == {entry["url"]: entry["nsamples"] for entry in entries}
     info = json.loads((shards / "_info.json").read_text())
     assert info["name"] == index["name"] == "stl10"
-    assert list(info["splits"]) == list(ours["splits"])
-    for split, images in ours["splits"].items():
+    assert list(info["splits"]) == list(header["splits"])
+    for split, images in header["splits"].items():
         shards_of_split = [entry for entry in entries if entry["split"] == split]
         assert [entry["url"] for entry in shards_of_split] == [
             f"stl10-{split}-{number:06d}.tar" for number in range(len(shards_of_split))
@@ -111,26 +111,26 @@ def test_the_other_files_are_what_the_specification_says(binaries: Path, shards:
             "filenames": [entry["url"] for entry in shards_of_split],
             "shard_lengths": [entry["nsamples"] for entry in shards_of_split],
         }
-    for name, sha256 in ours["sources"].items():
+    for name, sha256 in header["sources"].items():
         assert hashlib.sha256((binaries / name).read_bytes()).hexdigest() == sha256
-    assert ours["folds"] == [[int(row) for row in line.split()] for line in (binaries / "fold_indices.txt").open()]
+    assert header["folds"] == [[int(row) for row in line.split()] for line in (binaries / "fold_indices.txt").open()]
     packing = {"name": "stl10", "encoding": "npy", "images_per_shard": 25, "limit": None}
-    wanted = {"format_version": 1, "packing": packing, "splits": ours["splits"], "sources": ours["sources"]}
-    assert ours["fingerprint"] == hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    identity = {"format_version": 1, "packing": packing, "splits": header["splits"], "sources": header["sources"]}
+    assert header["fingerprint"] == hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(("encoding", "begin"), [("png", b"\x89PNG"), ("jpg", b"\xff\xd8\xff"), ("webp", b"RIFF")])
 def test_a_reader_from_the_specification_reads_encoded_images(
     binaries: Path, tmp_path: Path, encoding: str, begin: bytes
 ) -> None:
-    from vae_scale.pack import main  # packs; all that follows is without the package
+    from vae_scale.pack import main
 
     main(["--source=stl10", f"--data={binaries}", f"--out={tmp_path}", f"--encoding={encoding}", "--limit=7"])
     index = manifest(tmp_path)
-    ours = index["vae_scale"]
-    assert (ours["encoding"], ours["stride"], ours["offset"]) == (encoding, None, None)
-    assert ours["splits"] == dict.fromkeys(ours["splits"], 7)
-    assert len(ours["splits"]) == 3
+    header = index["vae_scale"]
+    assert (header["encoding"], header["stride"], header["offset"]) == (encoding, None, None)
+    assert header["splits"] == dict.fromkeys(header["splits"], 7)
+    assert len(header["splits"]) == 3
     for entry in index["shardlist"]:
         content = (tmp_path / entry["url"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == entry["sha256"]

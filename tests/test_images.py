@@ -1,4 +1,4 @@
-"""Decoding: the same pixels whichever decoder is there, and damage is told."""
+"""Decoding of images: all decoders give the same pixels, and damage is reported."""
 
 import io
 import threading
@@ -11,7 +11,7 @@ from conftest import discs
 from PIL import Image
 
 from vae_scale.data import images
-from vae_scale.data.images import Images, decode, square
+from vae_scale.data.images import Images, center_crop_resize, decode_image
 
 PICTURE = Image.fromarray(discs(1, 3)[0])
 OTHER = Image.fromarray(discs(1, 4)[0]).resize((120, 80))
@@ -47,7 +47,7 @@ def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     def decoded(content: bytes) -> Images:
         out = np.zeros((96, 96, 3), np.uint8)
-        decode(content, out)
+        decode_image(content, out)
         return out
 
     return decoded
@@ -60,47 +60,47 @@ def test_all_decoders_give_the_same_pixels(decoder: Callable[[bytes], Images], n
 
 
 @pytest.mark.parametrize("name", ["jpeg", "png", "webp"])
-def test_a_cut_file_is_refused(decoder: Callable[[bytes], Images], name: str) -> None:
+def test_truncated_file_is_rejected(decoder: Callable[[bytes], Images], name: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         decoder(FILES[name][:-200])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_another_size_is_refused(decoder: Callable[[bytes], Images], kind: str) -> None:
+def test_unexpected_size_is_rejected(decoder: Callable[[bytes], Images], kind: str) -> None:
     with pytest.raises(ValueError, match="it is 120x80, not 96x96"):
         decoder(encoded(OTHER, kind))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8 no JPEG", b"\x89PNG no PNG", b"GIF89a", encoded(PICTURE, "GIF")])
-def test_what_is_no_image_is_refused(decoder: Callable[[bytes], Images], content: bytes) -> None:
+def test_other_content_is_rejected(decoder: Callable[[bytes], Images], content: bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
         decoder(content)
 
 
-def test_threads_do_not_disturb_each_other() -> None:
-    wrong = []
+def test_decoding_is_thread_safe() -> None:
+    mismatches = []
 
     def work(content: bytes) -> None:
         out, first = np.zeros((96, 96, 3), np.uint8), np.zeros((96, 96, 3), np.uint8)
-        decode(content, first)
+        decode_image(content, first)
         for _ in range(50):
-            decode(content, out)
-            wrong.extend([content] if not np.array_equal(out, first) else [])
+            decode_image(content, out)
+            mismatches.extend([content] if not np.array_equal(out, first) else [])
 
     threads = [threading.Thread(target=work, args=(content,)) for content in FILES.values()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not mismatches
 
 
-def test_a_square_is_the_middle_of_an_upright_photograph(tmp_path: Path) -> None:
+def test_center_crop_applies_exif_orientation(tmp_path: Path) -> None:
     picture = np.zeros((60, 100, 3), np.uint8)
     picture[:, 20:80] = (0, 200, 0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera turned
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(picture).rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
-    found = square(tmp_path / "turned.png", 32)
-    assert found.shape == (32, 32, 3)
-    assert np.all(found[4:-4, 4:-4] == (0, 200, 0))
+    image = center_crop_resize(tmp_path / "turned.png", 32)
+    assert image.shape == (32, 32, 3)
+    assert np.all(image[4:-4, 4:-4] == (0, 200, 0))

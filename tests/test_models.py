@@ -1,6 +1,7 @@
-"""The networks and their likelihoods, against closed forms and other people's implementations."""
+"""The networks, likelihoods and the mixture prior, compared with closed forms and with PyTorch."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -11,21 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import vae_scale
 from vae_scale import ResNetVAE
-from vae_scale.config import PRESETS, Config, ObjectiveConfig, VAEConfig
+from vae_scale.config.options import PRESETS, Config, ObjectiveConfig, VAEConfig
+from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import Attention, GroupNorm, ResBlock, depth_to_space, space_to_depth
-from vae_scale.models.ladder import LadderVAE
-from vae_scale.models.likelihoods import LEVELS_PER_UNIT, Classic, LogisticMixture, Scaled
-from vae_scale.models.networks import build
-from vae_scale.models.prior import GaussianMixture
+from vae_scale.models.hierarchical import HierarchicalVAE
+from vae_scale.models.likelihoods import LEVELS_PER_UNIT, GaussianLaplace, LogisticMixture, SigmoidLikelihood, bits_per_dim
+from vae_scale.models.mixture import GaussianMixture
+from vae_scale.models.networks import build_model
 from vae_scale.models.vae import VAE, Posterior, slerp
-from vae_scale.training.objective import ELBO, bits_per_dim, to_model
+from vae_scale.runtime import checkpoint
+from vae_scale.training.objectives import ELBO
 
 
 def tiny(**options: object) -> VAE:
     torch.manual_seed(0)
-    return build(VAEConfig(preset="tiny", **(PRESETS["tiny"] | {"width": 16} | options)), 96).eval()
+    return build_model(VAEConfig(preset="tiny", **(PRESETS["tiny"] | {"width": 16} | options)), 96).eval()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -34,24 +38,24 @@ def test_every_preset_maps_images_to_latents_and_back(preset: str, latent: str) 
     options = PRESETS[preset] | ({"latent": latent} if PRESETS[preset].get("network", "resnet") == "resnet" else {})
     with torch.device("meta"):
         config = VAEConfig(preset=preset, **options)  # type: ignore[arg-type]
-        model = build(config, 96)
+        model = build_model(config, 96)
         images = torch.empty(2, 3, 96, 96)
         posterior = model.encode(images)
         assert posterior.mean.shape == (2, *model.latent_shape)
         assert model.reconstruct(images).shape == images.shape
         terms = model(images, torch.empty(2, *model.latent_shape))
         assert terms.elbo.shape == (2,)
-        layers = len(model.sizes) if isinstance(model, LadderVAE) else config.latent_channels
+        layers = len(model.layer_sizes) if isinstance(model, HierarchicalVAE) else config.latent_channels
         assert terms.kl.shape == (2, layers)
-    if (latent == "vector" and config.network == "resnet") or config.network in ("seed_notebook", "ladder"):
+    if (latent == "vector" and config.network == "resnet") or config.network in ("seed_notebook", "hierarchical"):
         assert model.latent_shape[1:] == (1, 1)
     else:
-        assert model.latent_shape[1:] == (96 // config.factor,) * 2
+        assert model.latent_shape[1:] == (96 // config.downsampling_factor,) * 2
 
 
-def test_the_notebooks_network_has_its_layers() -> None:
+def test_the_seed_notebook_network_has_the_layers_of_the_notebook() -> None:
     with torch.device("meta"):
-        model = build(VAEConfig(preset="seed_notebook", **PRESETS["seed_notebook"]), 96)
+        model = build_model(VAEConfig(preset="seed_notebook", **PRESETS["seed_notebook"]), 96)
     kernels = [tuple(layer.weight.shape) for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
     assert kernels == [(32, 3, 7, 7), (64, 32, 5, 5), (128, 64, 7, 7), (3, 32, 7, 7)]
     widths = [tuple(layer.weight.shape) for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
@@ -61,84 +65,84 @@ def test_the_notebooks_network_has_its_layers() -> None:
 
 
 @pytest.mark.parametrize("layer", [ResBlock(8), Attention(8)])
-def test_residual_branches_start_as_the_identity(layer: torch.nn.Module) -> None:
+def test_residual_blocks_are_initialized_to_the_identity(layer: torch.nn.Module) -> None:
     x = torch.randn(2, 8, 6, 6)
     assert torch.equal(layer(x), x)
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 2, 4]))
 @settings(deadline=None)
-def test_folding_pixels_into_channels_is_undone(batch: int, side: int, fold: int) -> None:
-    x = torch.randn(batch, 3, side * fold, side * fold)
-    folded = space_to_depth(x, fold)
-    assert folded.shape == (batch, 3 * fold**2, side, side)
-    assert torch.equal(depth_to_space(folded, fold), x)
+def test_depth_to_space_inverts_space_to_depth(batch: int, side: int, block: int) -> None:
+    x = torch.randn(batch, 3, side * block, side * block)
+    folded = space_to_depth(x, block)
+    assert folded.shape == (batch, 3 * block**2, side, side)
+    assert torch.equal(depth_to_space(folded, block), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_group_norm_is_torchs_own_and_stays_in_channels_last_memory(dtype: torch.dtype) -> None:
-    ours, theirs = GroupNorm(8, 32).to(dtype), torch.nn.GroupNorm(8, 32).to(dtype)
+def test_group_norm_equals_pytorchs_in_channels_last_memory(dtype: torch.dtype) -> None:
+    layer, reference = GroupNorm(8, 32).to(dtype), torch.nn.GroupNorm(8, 32).to(dtype)
     x = torch.randn(4, 32, 6, 5).to(dtype, memory_format=torch.channels_last)
-    found = ours(x)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(found, theirs(x), atol=0 if dtype == torch.float32 else 0.03)
+    output = layer(x)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(output, reference(x), atol=0 if dtype == torch.float32 else 0.03)
 
 
 def test_features_stay_in_channels_last_memory() -> None:
     model = tiny().to(memory_format=torch.channels_last)
-    x = to_model(torch.from_numpy(discs(2, 0)))
+    x = normalize_images(torch.from_numpy(discs(2, 0)))
     assert x.is_contiguous(memory_format=torch.channels_last)
-    seen = []
+    channels_last = []
     for layer in model.modules():
         if isinstance(layer, ResBlock):
             layer.register_forward_hook(
-                lambda _, inputs, output: seen.append(output.is_contiguous(memory_format=torch.channels_last))
+                lambda _, inputs, output: channels_last.append(output.is_contiguous(memory_format=torch.channels_last))
             )
     model.reconstruct(x)
-    assert seen
-    assert all(seen)
+    assert channels_last
+    assert all(channels_last)
 
 
 def test_uint8_levels_become_minus_one_to_one_and_flips_mirror() -> None:
     images = torch.from_numpy(discs(2, 0))
-    x = to_model(images, torch.tensor([True, False]))
+    x = normalize_images(images, torch.tensor([True, False]))
     plain = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     assert torch.equal(x[0], plain[0].flip(2))
     assert torch.equal(x[1], plain[1])
-    assert to_model(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)).flatten().tolist() == [-1, 1]
+    assert normalize_images(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)).flatten().tolist() == [-1, 1]
 
 
-def test_kl_is_torchs_own_and_what_sampling_says() -> None:
+def test_kl_equals_pytorchs_and_a_monte_carlo_estimate() -> None:
     torch.manual_seed(1)
     posterior = Posterior(torch.randn(3, 4, 2, 2), 0.5 * torch.randn(3, 4, 2, 2))
     normal = torch.distributions.Normal(posterior.mean, posterior.log_sigma.exp())
     prior = torch.distributions.Normal(0.0, 1.0)
     exact = torch.distributions.kl_divergence(normal, prior).sum((2, 3))
     assert torch.allclose(posterior.kl(), exact, atol=1e-5)
-    draws = torch.stack([posterior.sample(torch.randn(3, 4, 2, 2)) for _ in range(20_000)])
-    estimate = (normal.log_prob(draws) - prior.log_prob(draws)).mean(0).sum((1, 2, 3))
+    samples = torch.stack([posterior.sample(torch.randn(3, 4, 2, 2)) for _ in range(20_000)])
+    estimate = (normal.log_prob(samples) - prior.log_prob(samples)).mean(0).sum((1, 2, 3))
     assert torch.allclose(posterior.kl().sum(1), estimate, rtol=0.03)
 
 
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("scale", [0.05, 0.3])
 def test_continuous_likelihoods_integrate_to_one_over_grey_levels(power: int, scale: float) -> None:
-    likelihood = Scaled(power, scale)  # type: ignore[arg-type]
+    likelihood = GaussianLaplace(power, scale)  # type: ignore[arg-type]
     x = torch.linspace(-8, 8, 400_001, dtype=torch.float64).float()
     density = likelihood.log_prob(torch.full((len(x), 1, 1, 1), 0.3), x[:, None, None, None]).double().exp()
     assert torch.trapezoid(density, x.double() * LEVELS_PER_UNIT).item() == pytest.approx(1, abs=1e-3)
 
 
-def test_continuous_likelihoods_are_torchs_own() -> None:
+def test_continuous_likelihoods_equal_pytorchs() -> None:
     output, x = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
     for power, kind in ((2, torch.distributions.Normal), (1, torch.distributions.Laplace)):
-        theirs = (kind(output, 0.2).log_prob(x) - math.log(LEVELS_PER_UNIT)).sum((1, 2, 3))
-        assert torch.allclose(Scaled(power, 0.2).log_prob(output, x), theirs, rtol=1e-4)  # type: ignore[arg-type]
+        reference = (kind(output, 0.2).log_prob(x) - math.log(LEVELS_PER_UNIT)).sum((1, 2, 3))
+        assert torch.allclose(GaussianLaplace(power, 0.2).log_prob(output, x), reference, rtol=1e-4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["mse", "bce"])
-def test_classic_likelihoods_are_a_density_and_a_distribution(kind: str) -> None:
-    likelihood = Classic(kind)  # type: ignore[arg-type]
+def test_sigmoid_likelihoods_are_normalized(kind: str) -> None:
+    likelihood = SigmoidLikelihood(kind)  # type: ignore[arg-type]
     if kind == "bce":  # over black and white
         x = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1)
         assert likelihood.log_prob(torch.full((2, 1, 1, 1), 0.7), x).exp().sum().item() == pytest.approx(1, abs=1e-6)
@@ -149,24 +153,24 @@ def test_classic_likelihoods_are_a_density_and_a_distribution(kind: str) -> None
         assert torch.trapezoid(density, levels).item() == pytest.approx(1, abs=1e-3)
 
 
-def test_classic_losses_are_the_notebooks() -> None:
+def test_sigmoid_likelihoods_give_the_losses_of_the_notebook() -> None:
     output, x = torch.randn(4, 3, 5, 5), torch.rand(4, 3, 5, 5) * 2 - 1
     target = (x + 1) / 2
     bce = torch.nn.functional.binary_cross_entropy(output.sigmoid(), target, reduction="none").sum((1, 2, 3))
-    assert torch.allclose(-Classic("bce").log_prob(output, x), bce, rtol=1e-5)
+    assert torch.allclose(-SigmoidLikelihood("bce").log_prob(output, x), bce, rtol=1e-5)
     squared = (output.sigmoid() - target).square().sum((1, 2, 3))
-    constant = -Classic("mse").log_prob(output, x) - squared
+    constant = -SigmoidLikelihood("mse").log_prob(output, x) - squared
     assert torch.allclose(constant, constant[0].expand(4), rtol=1e-5)
 
 
-def test_the_logistic_mixture_sums_to_one_over_all_colours() -> None:
+def test_the_logistic_mixture_sums_to_one_over_all_colors() -> None:
     torch.manual_seed(2)
     levels = 16
     likelihood = LogisticMixture(levels)
-    colours = torch.tensor(list(itertools.product(range(levels), repeat=3))) / ((levels - 1) / 2) - 1
+    colors = torch.tensor(list(itertools.product(range(levels), repeat=3))) / ((levels - 1) / 2) - 1
     for spread in (0.3, 2.0):
-        output = (spread * torch.randn(1, likelihood.channels, 1, 1)).expand(len(colours), -1, -1, -1)
-        probability = likelihood.log_prob(output, colours[:, :, None, None]).double().exp().sum()
+        output = (spread * torch.randn(1, likelihood.channels, 1, 1)).expand(len(colors), -1, -1, -1)
+        probability = likelihood.log_prob(output, colors[:, :, None, None]).double().exp().sum()
         assert probability.item() == pytest.approx(1, abs=2e-3)
 
 
@@ -180,33 +184,33 @@ def test_the_logistic_mixture_has_finite_gradients_far_from_the_data() -> None:
     assert likelihood.mean(output).abs().max() <= 1
 
 
-def test_the_optimal_scale_settles_at_the_error_and_maximises_the_likelihood() -> None:
+def test_the_optimal_scale_converges_to_the_error_and_maximizes_the_likelihood() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 3, 10, 10)
     for power in (1, 2):
-        likelihood = Scaled(power, "optimal")  # type: ignore[arg-type]
+        likelihood = GaussianLaplace(power, "optimal")  # type: ignore[arg-type]
         output = x + 0.1 * torch.randn_like(x)
         for _ in range(200):
-            likelihood.follow(likelihood.deviation(output, x), torch.tensor(True))
+            likelihood.update_scale(likelihood.reconstruction_error(output, x), torch.tensor(True))
         error = (output - x).abs()
         best = error.square().mean().sqrt() if power == 2 else error.mean()
         assert likelihood.log_scale.exp().item() == pytest.approx(best.item(), rel=1e-3)
         at_best = likelihood.log_prob(output, x).sum()
         for factor in (0.9, 1.1):
-            assert Scaled(power, best.item() * factor).log_prob(output, x).sum() < at_best  # type: ignore[arg-type]
+            assert GaussianLaplace(power, best.item() * factor).log_prob(output, x).sum() < at_best  # type: ignore[arg-type]
 
 
-def test_a_learned_scale_is_a_parameter_and_gets_a_gradient() -> None:
-    model = tiny(scale="learned")
+def test_a_learned_scale_is_a_parameter_with_a_gradient() -> None:
+    model = tiny(likelihood_scale="learned")
     assert "likelihood.log_scale" in dict(model.named_parameters())
     model(torch.zeros(1, 3, 96, 96), torch.zeros(1, *model.latent_shape)).elbo.sum().backward()
     assert model.likelihood.log_scale.grad != 0
 
 
 def test_the_elbo_is_below_the_importance_weighted_bound() -> None:
-    """log p(x) >= E[log 1/K sum w] >= ELBO (Burda et al., 2016), which a wrong sign or term would break."""
-    model = tiny(latent="vector", latent_channels=2, likelihood="gaussian", scale=1.0)
-    x = to_model(torch.from_numpy(discs(2, 0)))
+    """log p(x) >= E[log 1/K sum w] >= ELBO (Burda et al., 2016)."""
+    model = tiny(latent="vector", latent_channels=2, likelihood="gaussian", likelihood_scale=1.0)
+    x = normalize_images(torch.from_numpy(discs(2, 0)))
     torch.manual_seed(0)
     with torch.no_grad():
         posterior = model.encode(x)
@@ -226,19 +230,19 @@ def test_the_elbo_is_below_the_importance_weighted_bound() -> None:
     assert (bound >= elbo - 0.1).all()
 
 
-def test_the_objective_is_the_negative_elbo_per_dimension_and_weighs_the_kl() -> None:
+def test_the_objective_is_the_negative_elbo_per_dimension_with_a_weighted_kl() -> None:
     model = tiny()
     images = torch.from_numpy(discs(4, 0))
-    noise, heard = torch.randn(4, *model.latent_shape), torch.tensor(0.0)
-    draws = {"noise": noise, "flips": torch.zeros(4, dtype=torch.bool)}
-    terms = model(to_model(images), noise)
-    loss, measured = ELBO(model, Config())(images, draws, torch.tensor(1.0), heard)
+    noise, factor = torch.randn(4, *model.latent_shape), torch.tensor(0.0)
+    random_inputs = {"noise": noise, "flips": torch.zeros(4, dtype=torch.bool)}
+    terms = model(normalize_images(images), noise)
+    loss, metrics = ELBO(model, Config())(images, random_inputs, torch.tensor(1.0), factor)
     assert loss.item() == pytest.approx(-terms.elbo.mean().item() / model.dimensions, rel=1e-5)
-    assert measured[0].item() == pytest.approx(-terms.elbo.mean().item(), rel=1e-5)
-    half, _ = ELBO(model, Config())(images, draws, torch.tensor(0.5), heard)
+    assert metrics["loss"].item() == pytest.approx(-terms.elbo.mean().item(), rel=1e-5)
+    half, _ = ELBO(model, Config())(images, random_inputs, torch.tensor(0.5), factor)
     kl = terms.kl.sum(1).mean().item() / model.dimensions
     assert loss.item() - half.item() == pytest.approx(0.5 * kl, rel=1e-2)
-    free, _ = ELBO(model, Config(objective=ObjectiveConfig(free_bits=1e9)))(images, draws, torch.tensor(1.0), heard)
+    free, _ = ELBO(model, Config(objective=ObjectiveConfig(free_bits=1e9)))(images, random_inputs, torch.tensor(1.0), factor)
     parts = torch.autograd.grad(free, list(model.encoder.parameters()), allow_unused=True)
     assert all(part is None or part.isfinite().all() for part in parts)
 
@@ -247,7 +251,7 @@ def test_bits_per_dim() -> None:
     assert bits_per_dim(math.log(256) * 27_648, 27_648) == pytest.approx(8)
 
 
-def test_samples_do_not_depend_on_the_batch_size_or_the_number() -> None:
+def test_samples_do_not_depend_on_the_batch_size_or_their_number() -> None:
     model = tiny()
     torch.nn.init.normal_(model.decoder.head.weight, std=0.1)  # type: ignore[union-attr]
     few, many = model.sample(5, seed=7, batch_size=5), model.sample(12, seed=7, batch_size=4)
@@ -257,28 +261,53 @@ def test_samples_do_not_depend_on_the_batch_size_or_the_number() -> None:
     assert torch.equal(model.sample(2, temperature=0.0)[0], model.sample(2, temperature=0.0)[1])
 
 
-def test_slerp_keeps_the_distance_from_the_origin() -> None:
+def test_slerp_keeps_the_norm() -> None:
     first, last = torch.randn(2, 8, 1, 1)
     first, last = first / first.norm(), last / last.norm()
-    for way in (0.0, 0.3, 1.0):
-        assert slerp(first, last, way).norm().item() == pytest.approx(1, abs=1e-4)
+    for t in (0.0, 0.3, 1.0):
+        assert slerp(first, last, t).norm().item() == pytest.approx(1, abs=1e-4)
     assert torch.allclose(slerp(first, last, 0.0), first, atol=1e-5)
     assert torch.allclose(slerp(first, last, 1.0), last, atol=1e-5)
 
 
-def test_a_model_is_saved_and_read_with_its_prior(tmp_path: Path) -> None:
+def test_a_model_is_saved_and_loaded_with_its_prior(tmp_path: Path) -> None:
     model = tiny(latent="vector", latent_channels=4)
     torch.nn.init.normal_(model.decoder.head.weight, std=0.1)  # type: ignore[union-attr]
     model.mixture = GaussianMixture.fit(torch.randn(200, 4), torch.rand(200, 4), seed=0)
     model.save_pretrained(tmp_path)
-    again = ResNetVAE.from_pretrained(tmp_path)
-    assert torch.equal(model.sample(3), again.sample(3))
-    assert not torch.equal(again.sample(3), again.sample(3, prior="normal"))
-    assert "mixture" in again.name_prior()
-    assert again.name_prior("normal") == "N(0, I)"
+    loaded = ResNetVAE.from_pretrained(tmp_path)
+    assert torch.equal(model.sample(3), loaded.sample(3))
+    assert not torch.equal(loaded.sample(3), loaded.sample(3, prior="normal"))
+    assert "mixture" in loaded.describe_prior()
+    assert loaded.describe_prior("normal") == "N(0, I)"
 
 
-def test_what_is_not_a_model_is_refused_by_name(tmp_path: Path) -> None:
+def test_load_reads_a_saved_model_a_checkpoint_and_a_run(tmp_path: Path) -> None:
+    model = tiny()
+    averaged = {name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()}
+    writer = checkpoint.CheckpointWriter(tmp_path, keep=3)
+    for images_seen in (100, 200, 300):
+        writer.save(images_seen, {"model": model.state_dict(), "ema": averaged}, {}, dict(model.to_config()))
+        writer.wait()
+    (checkpoint.checkpoint_folder(tmp_path, 300) / "ema.safetensors").write_bytes(b"truncated")
+    model.save_pretrained(tmp_path / "saved")
+    for name in (tmp_path, checkpoint.checkpoint_folder(tmp_path, 200)):
+        assert all(torch.equal(tensor, averaged[key]) for key, tensor in vae_scale.load(name).state_dict().items())
+    checkpoint_weights = vae_scale.load(tmp_path, "model.safetensors").state_dict()
+    for state in (vae_scale.load(tmp_path / "saved").state_dict(), checkpoint_weights):
+        assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
+
+
+def test_a_model_of_another_format_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model.to_config() | {"format_version": 2}))
+    with pytest.raises(UserError, match="has format version 2, and this version of vae_scale reads 3") as caught:
+        VAE.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_invalid_model_raises_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json: missing"):
         VAE.from_pretrained(tmp_path)
     model = tiny()
@@ -292,34 +321,34 @@ def test_what_is_not_a_model_is_refused_by_name(tmp_path: Path) -> None:
         model.sample(1, prior="gmm")
 
 
-def test_a_mixture_finds_the_clusters_of_the_latents() -> None:
+def test_a_mixture_fits_the_clusters_of_the_latents() -> None:
     torch.manual_seed(0)
     centres = torch.tensor([[4.0, 0.0], [-4.0, 1.0], [0.0, -5.0]])
     points = centres[torch.randint(3, (600,))] + 0.3 * torch.randn(600, 2)
     mixture = GaussianMixture.fit(points, torch.full_like(points, 0.1), seed=0)
-    drawn = mixture.draw(range(500), seed=1, temperature=1.0)
-    assert torch.cdist(drawn, centres).amin(1).max() < 2
-    assert mixture.log_prob(drawn).mean() > mixture.log_prob(4 * torch.randn(500, 2)).mean() + 5
-    assert torch.equal(mixture.draw(range(7), 1, 1.0), drawn[:7])
-    cold = mixture.draw(range(500), seed=1, temperature=0.0)
-    assert len(cold.unique(dim=0)) <= len(mixture.weights)
+    samples = mixture.sample(range(500), seed=1, temperature=1.0)
+    assert torch.cdist(samples, centres).amin(1).max() < 2
+    assert mixture.log_prob(samples).mean() > mixture.log_prob(4 * torch.randn(500, 2)).mean() + 5
+    assert torch.equal(mixture.sample(range(7), 1, 1.0), samples[:7])
+    without_noise = mixture.sample(range(500), seed=1, temperature=0.0)
+    assert len(without_noise.unique(dim=0)) <= len(mixture.weights)
 
 
-def test_a_mixtures_density_is_torchs_own() -> None:
+def test_the_density_of_a_mixture_equals_pytorchs() -> None:
     torch.manual_seed(0)
     mixture = GaussianMixture.fit(torch.randn(300, 3), torch.rand(300, 3), seed=0)
-    theirs = torch.distributions.MixtureSameFamily(
+    reference = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(mixture.weights),
         torch.distributions.MultivariateNormal(mixture.means, scale_tril=mixture.factors),
     )
     points = torch.randn(10, 3)
-    assert torch.allclose(mixture.log_prob(points), theirs.log_prob(points), atol=1e-4)
+    assert torch.allclose(mixture.log_prob(points), reference.log_prob(points), atol=1e-4)
 
 
-def test_a_mixture_counts_the_spread_of_each_posterior() -> None:
+def test_a_mixture_includes_the_variance_of_each_posterior() -> None:
     """A collapsed channel has means near 0 and sigma near 1; its aggregate is N(0, 1), not a point."""
     torch.manual_seed(0)
     mean = torch.cat([torch.randn(50, 1), 1e-3 * torch.randn(50, 1)], 1)
     mixture = GaussianMixture.fit(mean, torch.tensor([0.1, 1.0]).expand(50, 2), seed=0)
-    drawn = mixture.draw(range(4000), seed=0, temperature=1.0)
-    assert drawn[:, 1].std().item() == pytest.approx(1, abs=0.1)
+    samples = mixture.sample(range(4000), seed=0, temperature=1.0)
+    assert samples[:, 1].std().item() == pytest.approx(1, abs=0.1)

@@ -1,4 +1,4 @@
-"""What precision and compilation cost: losses and gradients against the same in fp64."""
+"""Losses and gradients in lower precision, and compiled, compared with fp64 and eager mode."""
 
 import copy
 import shutil
@@ -8,28 +8,34 @@ import torch
 from conftest import discs
 from torch import Tensor
 
-from vae_scale.config import parse
-from vae_scale.models.networks import build
-from vae_scale.training import compiling
-from vae_scale.training.objective import ELBO
+from vae_scale.config.parsing import parse
+from vae_scale.models.networks import build_model
+from vae_scale.runtime import compiling
+from vae_scale.training.objectives import ELBO
 
 NETWORKS = {
     "resnet": ["--model.preset=tiny", "--model.width=16"],
     "mixture": ["--model.preset=tiny", "--model.width=16", "--model.likelihood=logistic_mixture"],
-    "ladder": ["--model.preset=ladder", "--model.width=16"],
-    "shallow": ["--model.preset=tiny", "--model.width=8", "--model.multipliers=[1]", "--model.blocks=1", "--model.patch=8"],
+    "hierarchical": ["--model.preset=hierarchical", "--model.width=16"],
+    "shallow": [
+        "--model.preset=tiny",
+        "--model.width=8",
+        "--model.channel_mult=[1]",
+        "--model.num_res_blocks=1",
+        "--model.patch_size=8",
+    ],
 }
 
 
 def objective_and_batch(network: str) -> tuple[ELBO, tuple[object, ...]]:
     torch.manual_seed(0)
     config = parse(["--data.shards=none", "--run=none", *NETWORKS[network]])[0]
-    model = build(config.model, 96)
-    for parameter in model.parameters():  # zeros at the start would hide what depends on what
+    model = build_model(config.model, 96)
+    for parameter in model.parameters():  # zero-initialized layers would hide errors
         torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else None
     images = torch.from_numpy(discs(8, 1))
-    draws = {"noise": torch.randn(8, *model.latent_shape), "flips": torch.arange(8) % 2 == 0}
-    return ELBO(model, config), (images, draws, torch.tensor(1.0), torch.tensor(0.0))
+    random_inputs = {"noise": torch.randn(8, *model.latent_shape), "flips": torch.arange(8) % 2 == 0}
+    return ELBO(model, config), (images, random_inputs, torch.tensor(1.0), torch.tensor(0.0))
 
 
 def loss_and_gradient(objective: ELBO, batch: tuple[object, ...], bf16: bool = False) -> tuple[float, Tensor]:
@@ -39,8 +45,8 @@ def loss_and_gradient(objective: ELBO, batch: tuple[object, ...], bf16: bool = F
     return loss.item(), torch.cat([part.double().flatten() for part in gradients if part is not None])
 
 
-def difference(gradient: Tensor, reference: Tensor) -> float:
-    """Length of the difference over that of the reference."""
+def relative_difference(gradient: Tensor, reference: Tensor) -> float:
+    """Returns the norm of the difference, relative to that of the reference."""
     return ((gradient - reference).norm() / reference.norm()).item()
 
 
@@ -50,21 +56,23 @@ def test_fp32_and_bf16_are_close_to_fp64(network: str, monkeypatch: pytest.Monke
     fp32 = loss_and_gradient(objective, batch)
     bf16 = loss_and_gradient(objective, batch, bf16=True)
     with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "float", torch.Tensor.double)  # wherever fp32 is asked for
-        images, draws, *weights = batch
-        exact = (images, draws | {"noise": draws["noise"].double()}, *weights)  # type: ignore[attr-defined,operator]
+        patched.setattr(torch.Tensor, "float", torch.Tensor.double)  # also where the code casts to fp32
+        images, random_inputs, *schedule_values = batch
+        exact = (images, random_inputs | {"noise": random_inputs["noise"].double()}, *schedule_values)  # type: ignore[attr-defined,operator]
         reference = loss_and_gradient(copy.deepcopy(objective).double(), exact)
     assert fp32[0] == pytest.approx(reference[0], rel=1e-5)
-    assert difference(fp32[1], reference[1]) < 1e-4
+    assert relative_difference(fp32[1], reference[1]) < 1e-4
     assert bf16[0] == pytest.approx(reference[0], rel=1e-2)
-    assert difference(bf16[1], reference[1]) < 0.1
+    assert relative_difference(bf16[1], reference[1]) < 0.1
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on a CPU")
-def test_compiled_is_eager_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(compiling.FOLDER, str(compiling.folder()))  # torch's own mixes code for different instructions
+def test_compiled_and_eager_results_are_equal_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        compiling.CACHE_VARIABLE, str(compiling.cache_folder())
+    )  # torch's own mixes code for different instructions
     objective, batch = objective_and_batch("shallow")
     eager = loss_and_gradient(objective, batch)
     compiled = loss_and_gradient(torch.compile(objective), batch)  # type: ignore[arg-type]
     assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
-    assert difference(compiled[1], eager[1]) < 1e-4
+    assert relative_difference(compiled[1], eager[1]) < 1e-4

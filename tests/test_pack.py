@@ -1,4 +1,4 @@
-"""Packing: what goes in comes out, whatever is interrupted, damaged or full."""
+"""Packing: round trips, resuming, damaged sources and full disks."""
 
 import hashlib
 import http.server
@@ -24,7 +24,7 @@ from torchvision.datasets import STL10
 
 from vae_scale.data import packing
 from vae_scale.data.images import Images
-from vae_scale.data.packing import Packing, Source
+from vae_scale.data.packing import PackOptions, Source
 from vae_scale.data.shard_file import SAVE_OPTIONS, write_shard
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
@@ -35,8 +35,8 @@ def pack(*options: object) -> None:
     main([str(option) for option in options])
 
 
-def told(capsys: pytest.CaptureFixture[str], *options: object) -> str:
-    """The one line with which packing refuses."""
+def error_line(capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    """Runs the command, which must fail, and returns its one-line error."""
     with pytest.raises(SystemExit) as caught:
         pack(*options)
     assert caught.value.code == 2
@@ -49,34 +49,34 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
 
 
-class OurSTL10(STL10):
-    """torchvision's reader without its md5 check, which only the official files pass."""
+class UncheckedSTL10(STL10):
+    """torchvision's reader without the md5 check, which only the official files pass."""
 
     def _check_integrity(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize("split", COUNTS)
-def test_webdataset_reads_back_what_torchvision_reads_from_the_binaries(binaries: Path, shards: Path, split: str) -> None:
+def test_webdataset_reads_the_same_images_as_torchvision(binaries: Path, shards: Path, split: str) -> None:
     urls = [str(shards / shard.url) for shard in ShardSet.open(shards).select(split).shards]
     packed = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    theirs = OurSTL10(str(binaries.parent), split=split)
-    assert len(packed) == len(theirs) == COUNTS[split]
-    for ours, (image, label) in zip(packed, theirs, strict=True):
-        assert ours["npy"].dtype == np.uint8
-        assert np.array_equal(ours["npy"], np.asarray(image))
-        assert ours["cls"] == label
+    expected = UncheckedSTL10(str(binaries.parent), split=split)
+    assert len(packed) == len(expected) == COUNTS[split]
+    for sample, (image, label) in zip(packed, expected, strict=True):
+        assert sample["npy"].dtype == np.uint8
+        assert np.array_equal(sample["npy"], np.asarray(image))
+        assert sample["cls"] == label
 
 
-def test_a_mapped_shard_is_the_array_of_its_images(shards: Path) -> None:
-    found = ShardSet.open(shards).select("train")
-    images = np.concatenate([found.read(number) for number in range(len(found.shards))])
+def test_mapped_shard_is_an_array_of_images(shards: Path) -> None:
+    shards = ShardSet.open(shards).select("train")
+    images = np.concatenate([shards.read(number) for number in range(len(shards.shards))])
     assert np.array_equal(images, discs(COUNTS["train"], 0))
-    assert found.read(0).strides[0] == 29_696
-    assert [label for shard in found.shards for label in shard.labels] == [row % 10 for row in range(COUNTS["train"])]
+    assert shards.read(0).strides[0] == 29_696
+    assert [label for shard in shards.shards for label in shard.labels] == [row % 10 for row in range(COUNTS["train"])]
 
 
-def test_manifests_tell_what_the_shards_hold(shards: Path) -> None:
+def test_manifests_describe_the_shards(shards: Path) -> None:
     index = json.loads((shards / "index.json").read_text())
     assert index["__kind__"] == "wids-shard-index-v1"
     assert index["vae_scale"]["stride"] == 29_696
@@ -92,15 +92,15 @@ def test_manifests_tell_what_the_shards_hold(shards: Path) -> None:
     assert json.loads((shards / "_info.json").read_text())["splits"]["unlabeled"]["shard_lengths"] == [25, 25, 25, 15]
 
 
-def test_the_archive_packs_to_the_same_shards_as_the_folder(binaries: Path, shards: Path, tmp_path: Path) -> None:
+def test_archive_and_folder_give_the_same_shards(binaries: Path, shards: Path, tmp_path: Path) -> None:
     archive = tmp_path / "stl10_binary.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(binaries, "stl10_binary")
     pack("--source=stl10", f"--data={archive}", f"--out={tmp_path / 'out'}", "--images-per-shard=25")
-    folder, ours = contents(shards), contents(tmp_path / "out")
-    assert {name: ours[name] for name in ours if name.endswith(".tar")} == {
-        name: folder[name] for name in folder if name.endswith(".tar")
-    }
+    expected, actual = contents(shards), contents(tmp_path / "out")
+    names = {name for name in expected if name.endswith(".tar")}
+    assert names == {name for name in actual if name.endswith(".tar")}
+    assert all(actual[name] == expected[name] for name in names)
 
 
 @pytest.mark.parametrize("encoding", ["npy", "png", "jpg", "webp"])
@@ -112,14 +112,14 @@ def test_bytes_do_not_depend_on_the_number_of_workers(binaries: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("encoding", "tolerance"), [("png", 0), ("jpg", 6), ("webp", 8)])
-def test_compact_encodings_give_the_images_back(binaries: Path, tmp_path: Path, encoding: str, tolerance: float) -> None:
+def test_compact_encodings_preserve_images(binaries: Path, tmp_path: Path, encoding: str, tolerance: float) -> None:
     pack("--source=stl10", f"--data={binaries}", f"--out={tmp_path}", f"--encoding={encoding}", "--splits=train")
     images = ShardSet.open(tmp_path).read(0)
     assert np.abs(images.astype(float) - discs(COUNTS["train"], 0)).mean() <= tolerance
     pack("--verify", tmp_path)
 
 
-def test_a_complete_set_is_left_alone(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complete_set_is_not_changed(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--source=stl10", f"--data={binaries}", f"--out={tmp_path}", "--splits=train")
     pack(*options)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -127,10 +127,10 @@ def test_a_complete_set_is_left_alone(binaries: Path, tmp_path: Path, capsys: py
     pack(*options)
     assert "already complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    assert "another source or other options" in told(capsys, *options, "--limit=5")
+    assert "another source or other options" in error_line(capsys, *options, "--limit=5")
 
 
-def test_a_killed_pack_carries_on_and_ends_with_the_same_bytes(binaries: Path, tmp_path: Path) -> None:
+def test_resume_after_kill_gives_the_same_bytes(binaries: Path, tmp_path: Path) -> None:
     options = ["--source=stl10", f"--data={binaries}", "--images-per-shard=2", "--encoding=png"]
     out = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, "-m", "vae_scale.pack", *options, f"--out={out}", "--workers=1"])
@@ -142,23 +142,23 @@ def test_a_killed_pack_carries_on_and_ends_with_the_same_bytes(binaries: Path, t
     assert process.returncode == -signal.SIGKILL
     assert len(finished) >= 6
     assert not (out / "index.json").exists()
-    noted = len((out / ".packing.jsonl").read_text().splitlines()) - 1
+    recorded = len((out / ".packing.jsonl").read_text().splitlines()) - 1
     victim = min(finished)
-    victim.write_bytes(victim.read_bytes()[:-1])  # as a crash of the machine would leave it
+    victim.write_bytes(victim.read_bytes()[:-1])  # as after a crash of the machine
     pack(*options, f"--out={out}")
     pack(*options, f"--out={tmp_path / 'whole'}")
     assert contents(out) == contents(tmp_path / "whole")
     kept = [path for path in finished if path.stat().st_mtime_ns == finished[path]]
-    assert len(kept) >= noted - 1
+    assert len(kept) >= recorded - 1
 
 
-def test_hashes_of_the_sources_are_computed_while_shards_are_written(tmp_path: Path) -> None:
+def test_source_hashes_are_computed_while_shards_are_written(tmp_path: Path) -> None:
     def hashes() -> dict[str, str]:
         while not list(tmp_path.glob("*.tar")):
             time.sleep(0.005)
         return {"source": "hash"}
 
-    class Resident:
+    class InMemorySplit:
         name, labels, shape = "train", [0] * 8, (96, 96, 3)
 
         def fetch(self, start: int, stop: int) -> Images:
@@ -167,9 +167,9 @@ def test_hashes_of_the_sources_are_computed_while_shards_are_written(tmp_path: P
         def decode(self, raw: Images) -> Images:
             return raw
 
-    assert packing.pack(Source([Resident()], [], hashes), tmp_path, Packing("set", images_per_shard=2), workers=2)
+    assert packing.pack(Source([InMemorySplit()], [], hashes), tmp_path, PackOptions("set", images_per_shard=2), workers=2)
     assert json.loads((tmp_path / "index.json").read_text())["vae_scale"]["sources"] == {"source": "hash"}
-    assert not packing.pack(Source([Resident()], [], hashes), tmp_path, Packing("set", images_per_shard=2), workers=2)
+    assert not packing.pack(Source([InMemorySplit()], [], hashes), tmp_path, PackOptions("set", images_per_shard=2), workers=2)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
@@ -186,9 +186,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["npy", "png", "jpg", "webp"])
 @pytest.mark.parametrize("shape", [(96, 96, 3), (5, 7, 3), (8, 48, 3)])
-def test_a_shard_has_the_bytes_that_webdatasets_writer_makes(
-    tmp_path: Path, encoding: str, shape: tuple[int, int, int]
-) -> None:
+def test_shard_bytes_match_webdataset_tarwriter(tmp_path: Path, encoding: str, shape: tuple[int, int, int]) -> None:
     images = np.random.default_rng(0).integers(0, 256, (9, *shape), np.uint8)
     labels = [-1, 0, 9, 10, 99, 100, 12345, 7, -1]
     keys = [f"unlabeled-{99_995 + row:08d}" for row in range(9)]
@@ -202,7 +200,7 @@ def test_a_shard_has_the_bytes_that_webdatasets_writer_makes(
             Image.fromarray(image).save(content, **SAVE_OPTIONS[encoding])
         writer.write({"__key__": key, "cls": str(label).encode(), encoding: content.getvalue()})
     writer.close()
-    for count in (9, 4, 9):  # a thread writes all its shards from the same memory
+    for count in (9, 4, 9):  # a thread reuses the memory of its previous shard
         entry = write_shard(tmp_path / "shard.tar", keys[:count], labels[:count], images[:count], encoding)
     content = (tmp_path / "shard.tar").read_bytes()
     assert content == expected.getvalue()
@@ -210,8 +208,8 @@ def test_a_shard_has_the_bytes_that_webdatasets_writer_makes(
     assert entry["sha256"] == hashlib.sha256(content).hexdigest()
 
 
-def test_a_full_disk_leaves_nothing_half_written(binaries: Path, tmp_path: Path) -> None:
-    # A limit on the size of files stands in for the disk: the process really gets an error from write().
+def test_full_disk_leaves_no_incomplete_file(binaries: Path, tmp_path: Path) -> None:
+    # A limit on file sizes simulates a full disk: write() fails.
     code = "import sys; from vae_scale.pack import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "--source=stl10", f"--data={binaries}", f"--out={tmp_path}"]
     limit = (300_000, 300_000)
@@ -265,23 +263,23 @@ def break_all(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("damage", [break_short, break_labels, break_range, break_missing, break_folds, break_all])
-def test_damaged_binaries_are_named(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_binary_is_named(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage) -> None:  # type: ignore[no-untyped-def]
     copy = tmp_path / "copy"
     shutil.copytree(binaries, copy)
     name = damage(copy)
-    assert name in told(capsys, "--source=stl10", f"--data={copy}", f"--out={tmp_path / 'out'}")
+    assert name in error_line(capsys, "--source=stl10", f"--data={copy}", f"--out={tmp_path / 'out'}")
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_a_truncated_archive_is_named(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_archive_is_named(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = tmp_path / "stl10_binary.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(binaries, "stl10_binary")
     archive.write_bytes(archive.read_bytes()[:-5000])
-    assert "stl10_binary.tar.gz" in told(capsys, "--source=stl10", f"--data={archive}", f"--out={tmp_path / 'out'}")
+    assert "stl10_binary.tar.gz" in error_line(capsys, "--source=stl10", f"--data={archive}", f"--out={tmp_path / 'out'}")
 
 
-def test_a_folder_of_photographs_is_cropped_and_labelled_by_folder(tmp_path: Path) -> None:
+def test_folder_of_photographs_is_cropped_and_labeled(tmp_path: Path) -> None:
     for number in range(40):
         folder = tmp_path / "photos" / ("cats" if number % 2 else "dogs") / "deeper"
         folder.mkdir(parents=True, exist_ok=True)
@@ -289,36 +287,36 @@ def test_a_folder_of_photographs_is_cropped_and_labelled_by_folder(tmp_path: Pat
         picture[:, 20:70] = (200, 10 * (number % 20), 30)  # the middle square
         Image.fromarray(picture).save(folder / f"{number:03d} ü.png")
     pack("--source=folder", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'out'}", "--resolution=32")
-    found = ShardSet.open(tmp_path / "out")
-    assert found.image_shape == (32, 32, 3)
-    assert found.class_names == ("cats", "dogs")
-    assert set(found.splits) == {"train", "test"}
-    assert sum(found.splits.values()) == 40
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.image_shape == (32, 32, 3)
+    assert shards.class_names == ("cats", "dogs")
+    assert set(shards.splits) == {"train", "test"}
+    assert sum(shards.splits.values()) == 40
     # Away from the edge, where resizing rings, only the middle square is left.
-    assert np.all(found.read(0)[:, 4:-4, 4:-4, 0] == 200)
+    assert np.all(shards.read(0)[:, 4:-4, 4:-4, 0] == 200)
 
 
-def test_folders_named_like_splits_are_the_splits(tmp_path: Path) -> None:
+def test_folders_named_like_splits_are_splits(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / "photos" / split).mkdir(parents=True)
         for number in range(3):
             Image.fromarray(discs(1, number)[0]).save(tmp_path / "photos" / split / f"{number}.jpg")
     pack("--source=folder", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'out'}")
-    found = ShardSet.open(tmp_path / "out")
-    assert found.splits == {"train": 3, "test": 3}
-    assert found.shards[0].labels == (-1, -1, -1)
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.splits == {"train": 3, "test": 3}
+    assert shards.shards[0].labels == (-1, -1, -1)
 
 
-def test_an_unreadable_photograph_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_photograph_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(30):
         Image.fromarray(discs(1, number)[0]).save(tmp_path / f"{number}.png")
     broken = tmp_path / "7.png"
     broken.write_bytes(broken.read_bytes()[:400])
-    assert "7.png" in told(capsys, "--source=folder", f"--data={tmp_path}", f"--out={tmp_path / 'out'}", "--splits=train")
+    assert "7.png" in error_line(capsys, "--source=folder", f"--data={tmp_path}", f"--out={tmp_path / 'out'}", "--splits=train")
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_a_shard_cut_at_a_member_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_shard_cut_at_a_member_is_rejected(shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     victim = copy / "stl10-train-000000.tar"
@@ -331,8 +329,8 @@ def test_a_shard_cut_at_a_member_is_refused(shards: Path, tmp_path: Path) -> Non
     ("change", "message"),
     [
         (lambda index: index["vae_scale"].update(version=2), "format version 2"),
-        (lambda index: index["shardlist"][0].update(url="../../etc/passwd"), "not a file name"),
-        (lambda index: index["shardlist"][0].update(url="/etc/passwd"), "not a file name"),
+        (lambda index: index["shardlist"][0].update(url="../../etc/passwd"), "neither a file name nor a URL"),
+        (lambda index: index["shardlist"][0].update(url="/etc/passwd"), "neither a file name nor a URL"),
         (lambda index: index["shardlist"][0].update(nsamples=10**12), "10000"),
         (lambda index: index["shardlist"][0].pop("sha256"), "sha256"),
         (lambda index: index["vae_scale"].update(image_shape=[10**9, 96, 3]), "image shape"),
@@ -340,7 +338,7 @@ def test_a_shard_cut_at_a_member_is_refused(shards: Path, tmp_path: Path) -> Non
         (lambda index: index.update(vae_scale=7), "damaged"),
     ],
 )
-def test_a_manifest_is_not_trusted(shards: Path, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_manifest_is_rejected(shards: Path, tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
     index = json.loads((shards / "index.json").read_text())
     change(index)
     (tmp_path / "index.json").write_text(json.dumps(index))
@@ -350,7 +348,7 @@ def test_a_manifest_is_not_trusted(shards: Path, tmp_path: Path, change, message
 
 @pytest.fixture
 def server(binaries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A web server that torchvision takes for STL-10's; the archive it serves."""
+    """Serves an archive at STL-10's URL. Returns the path of the archive."""
     served = tmp_path / "served"
     served.mkdir()
     archive = served / "stl10_binary.tar.gz"
@@ -372,26 +370,26 @@ def server(binaries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     running.server_close()
 
 
-def test_a_download_is_packed(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_is_packed(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(STL10, "tgz_md5", hashlib.md5(server.read_bytes()).hexdigest())
     pack("--source=stl10", "--download", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
     assert ShardSet.open(tmp_path / "out").splits == COUNTS
 
 
-def test_a_download_with_another_md5_is_refused(server: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_download_with_another_md5_is_rejected(server: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--source=stl10", "--download", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
-    assert "could not be downloaded" in told(capsys, *options)
+    assert "could not be downloaded" in error_line(capsys, *options)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_photographs_of_the_demonstration_walk_the_path_of_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_photographs_are_packed_like_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vae_scale.data.photos.CROPS", {"train": 10, "unlabeled": 10, "test": 5})
     pack("--source=photos", f"--out={tmp_path}")
-    found = ShardSet.open(tmp_path)
-    assert found.splits == {"train": 10, "unlabeled": 10, "test": 5}
-    assert found.class_names[0] == "astronaut"
-    theirs = OurSTL10(str(tmp_path), split="train")
-    assert np.array_equal(found.select("train").read(0)[3], np.asarray(theirs[3][0]))
+    shards = ShardSet.open(tmp_path)
+    assert shards.splits == {"train": 10, "unlabeled": 10, "test": 5}
+    assert shards.class_names[0] == "astronaut"
+    expected = UncheckedSTL10(str(tmp_path), split="train")
+    assert np.array_equal(shards.select("train").read(0)[3], np.asarray(expected[3][0]))
 
 
 @pytest.mark.parametrize(
@@ -416,5 +414,5 @@ def test_the_photographs_of_the_demonstration_walk_the_path_of_stl10(tmp_path: P
         (["--verify=/nowhere"], "index.json"),
     ],
 )
-def test_mistakes_are_told_in_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
-    assert message in told(capsys, *options)
+def test_user_errors_are_reported_in_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert message in error_line(capsys, *options)

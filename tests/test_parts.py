@@ -1,4 +1,4 @@
-"""Packing on several machines: parts make the set that one machine makes, and what is missing is named."""
+"""Packing in parts on several machines, and merging them."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def options(binaries: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The set as one process packs it: 24 shards."""
+    """The set packed by one process: 24 shards."""
     out = tmp_path_factory.mktemp("whole")
     pack(*options, "--out", out)
     return out
@@ -45,7 +45,7 @@ def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed_parts(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all parts, not yet merged."""
+    """A folder with all parts, before the merge."""
     out = tmp_path_factory.mktemp("parts")
     for number in range(1, PARTS + 1):
         pack(*options, "--out", out, f"--part={number}/{PARTS}")
@@ -57,20 +57,20 @@ def parts(packed_parts: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed_parts, tmp_path / "parts"))
 
 
-def problems(capsys: pytest.CaptureFixture[str], folder: Path) -> list[str]:
-    """What --merge refuses for."""
+def merge_problems(capsys: pytest.CaptureFixture[str], folder: Path) -> list[str]:
+    """Runs --merge, which must fail without changes, and returns the problems it prints."""
     before = contents(folder)
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         pack("--merge", folder)
     assert caught.value.code == 2
     assert contents(folder) == before
-    said = capsys.readouterr()
-    assert sum(line.startswith("error: ") for line in said.err.splitlines()) == 1
-    return said.out.splitlines() or [line for line in said.err.splitlines() if line.startswith("error: ")]
+    output = capsys.readouterr()
+    assert sum(line.startswith("error: ") for line in output.err.splitlines()) == 1
+    return output.out.splitlines() or [line for line in output.err.splitlines() if line.startswith("error: ")]
 
 
-def test_parts_from_folders_of_their_own_merge_to_the_same_files(options: list[str], whole: Path, tmp_path: Path) -> None:
+def test_parts_from_separate_folders_merge_to_the_same_files(options: list[str], whole: Path, tmp_path: Path) -> None:
     together = tmp_path / "together"
     together.mkdir()
     for number in (2, 1, 3):
@@ -83,19 +83,19 @@ def test_parts_from_folders_of_their_own_merge_to_the_same_files(options: list[s
     assert contents(together) == contents(whole)
 
 
-def test_parts_packed_at_once_in_one_folder_merge_to_the_same_files(options: list[str], whole: Path, tmp_path: Path) -> None:
+def test_parts_packed_concurrently_merge_to_the_same_files(options: list[str], whole: Path, tmp_path: Path) -> None:
     running = [process(*options, f"--out={tmp_path}", f"--part={number}/2") for number in (1, 2)]
     assert [part.wait() for part in running] == [0, 0]
     pack("--merge", tmp_path)
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_killed_part_carries_on_beside_another(binaries: Path, tmp_path: Path) -> None:
+def test_killed_part_resumes_beside_another(binaries: Path, tmp_path: Path) -> None:
     options = ["--source=stl10", f"--data={binaries}", "--images-per-shard=2", "--encoding=png", "--workers=1"]
     out = tmp_path / "out"
     pack(*options, "--out", out, "--part=1/2")
-    theirs = out / ".stl10-train-000000.tar.tmp"
-    theirs.write_bytes(b"what another machine is writing")
+    other = out / ".stl10-train-000000.tar.tmp"
+    other.write_bytes(b"being written by another machine")
     victim = process(*options, f"--out={out}", "--part=2/2")
     journal = out / ".packing-2-of-2.jsonl"
     while victim.poll() is None and (not journal.exists() or len(journal.read_text().splitlines()) < 5):
@@ -103,18 +103,18 @@ def test_a_killed_part_carries_on_beside_another(binaries: Path, tmp_path: Path)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
     finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    noted = len(journal.read_text().splitlines()) - 1
+    recorded = len(journal.read_text().splitlines()) - 1
     pack(*options, "--out", out, "--part=2/2")
     kept = [path for path in finished if path.stat().st_mtime_ns == finished[path]]
-    assert len(kept) >= 45 + noted - 1
-    assert theirs.exists()
-    theirs.unlink()
+    assert len(kept) >= 45 + recorded - 1
+    assert other.exists()
+    other.unlink()
     pack("--merge", out)
     pack(*options, "--out", tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_a_merged_set_is_left_alone(options: list[str], parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merged_set_is_not_changed(options: list[str], parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack("--merge", parts)
     before = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
     for again in (["--merge", parts], [*options, "--out", parts, "--part=2/3"], [*options, "--out", parts]):
@@ -124,14 +124,14 @@ def test_a_merged_set_is_left_alone(options: list[str], parts: Path, capsys: pyt
     assert {path: path.stat().st_mtime_ns for path in parts.iterdir()} == before
 
 
-def test_a_finished_part_is_left_alone(options: list[str], parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_part_is_not_changed(options: list[str], parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
     pack(*options, "--out", parts, "--part=2/3")
     assert "part 2/3 already complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in parts.iterdir()} == before
 
 
-def test_more_parts_than_shards_merge_too(binaries: Path, tmp_path: Path) -> None:
+def test_more_parts_than_shards_are_merged(binaries: Path, tmp_path: Path) -> None:
     options = ["--source=stl10", f"--data={binaries}", f"--out={tmp_path}", "--splits=train"]
     for number in (1, 2, 3):
         pack(*options, f"--part={number}/3")
@@ -139,7 +139,7 @@ def test_more_parts_than_shards_merge_too(binaries: Path, tmp_path: Path) -> Non
     assert ShardSet.open(tmp_path).splits == {"train": COUNTS["train"]}
 
 
-def test_what_is_missing_or_damaged_is_named_with_its_part(
+def test_missing_and_damaged_shards_are_named_with_their_part(
     options: list[str], whole: Path, parts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [shard.url for shard in ShardSet.open(whole).shards]
@@ -150,11 +150,11 @@ def test_what_is_missing_or_damaged_is_named_with_its_part(
     (parts / names[9]).write_bytes(flipped)
     journal = parts / ".packing-3-of-3.jsonl"
     journal.write_text("\n".join(journal.read_text().splitlines()[:-2]) + '\n{"url": "stl')
-    found = problems(capsys, parts)
-    assert len(found) == 4
-    assert "part 3/3 lacks 2 of its 8 shards" in found[0]
-    assert "--part 3/3" in found[0]
-    for line, name, part in zip(found[1:], (names[1], names[2], names[9]), ("1/3", "1/3", "2/3"), strict=True):
+    problems = merge_problems(capsys, parts)
+    assert len(problems) == 4
+    assert "part 3/3 lacks 2 of its 8 shards" in problems[0]
+    assert "--part 3/3" in problems[0]
+    for line, name, part in zip(problems[1:], (names[1], names[2], names[9]), ("1/3", "1/3", "2/3"), strict=True):
         assert name in line
         assert f"--part {part} again" in line
     for number in (1, 2, 3):
@@ -163,43 +163,43 @@ def test_what_is_missing_or_damaged_is_named_with_its_part(
     assert contents(parts) == contents(whole)
 
 
-def test_a_missing_part_is_named(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_part_is_named(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (parts / ".packing-2-of-3.jsonl").unlink()
-    (found,) = problems(capsys, parts)
-    assert "part 2/3 is missing" in found
-    assert ".packing-2-of-3.jsonl" in found
+    (problem,) = merge_problems(capsys, parts)
+    assert "part 2/3 is missing" in problem
+    assert ".packing-2-of-3.jsonl" in problem
 
 
-def test_parts_of_other_options_are_named(
+def test_parts_of_other_options_are_rejected(
     options: list[str], whole: Path, parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
     pack(*options, "--out", other, "--part=2/3", "--limit=50")
     shutil.copytree(other, parts, dirs_exist_ok=True)
-    found = problems(capsys, parts)[0]  # the others are of shards that were written over
-    assert "part 2/3" in found
-    assert "another source or other options" in found
-    (parts / ".packing-2-of-3.jsonl").unlink()  # as the line says
+    problem = merge_problems(capsys, parts)[0]  # the others concern overwritten shards
+    assert "part 2/3" in problem
+    assert "another source or other options" in problem
+    (parts / ".packing-2-of-3.jsonl").unlink()  # as the message advises
     for number in (1, 2, 3):
         pack(*options, "--out", parts, f"--part={number}/3")
     pack("--merge", parts)
     assert contents(parts) == contents(whole)
 
 
-def test_parts_of_different_divisions_are_refused(
+def test_parts_of_different_divisions_are_rejected(
     options: list[str], parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
     pack(*options, "--out", other, "--part=2/2")
     shutil.copytree(other, parts, dirs_exist_ok=True)
-    (found,) = problems(capsys, parts)
-    assert "different divisions" in found
+    (problem,) = merge_problems(capsys, parts)
+    assert "different divisions" in problem
     for wrong in ([], ["--part=1/4"], ["--part=1/3", "--limit=7"]):
         with pytest.raises(SystemExit):
             pack(*options, "--out", parts, *wrong)
 
 
-def test_an_interrupted_pack_is_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_pack_is_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / ".packing.jsonl").write_text(json.dumps({"vae_scale": {}}))
-    (found,) = problems(capsys, tmp_path)
-    assert "run its command again" in found
+    (problem,) = merge_problems(capsys, tmp_path)
+    assert "run its command again" in problem

@@ -26,8 +26,8 @@ from conftest import TINY, discs
 from PIL import Image
 
 from launch import environment
-from vae_scale.config import parse
-from vae_scale.training import checkpoint
+from vae_scale.config.parsing import parse
+from vae_scale.runtime import checkpoint
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".github", "configs", "launch", "shards", "tests", "vae_scale")
@@ -47,27 +47,29 @@ GIVEN = {
 SMALLER = [
     (r"--download --data data", "--data PATH"),  # 2.6 GB
     (r"--source folder --data PATH", "--source folder --data ~/Pictures"),
-    (r"--out DIR --part", "--out PARTS --part"),
     (r"--(out|save-images) DIR", r"--\1 OUT"),  # all other DIRs are read
     (r"https://(HOST/NAME|host/photos)-\{000000\.\.000127\}", "SERVER/stl10-train-{000000..000002}"),
     (r"--part 1/4", "--part 1/2"),
     (r"--part 4/4", "--part 2/2"),  # the others are not written out
     (r"--num_processes (8|N)\b", "--num_processes 2"),
     (r"--num 50000", "--num 6"),
-    (r"--steps 50", "--steps 5"),
     (r"report RUN RUN", "report RUN runs/small"),
     (r"(vae_scale\.bench .*)", r"\1 --repeats 1"),
     (r"(vae_scale\.bench data .*)", r"\1 --batch 16"),
-    (r"(vae_scale\.(train|bench (train|step|scaling)) .*)", r"\1 SMALL"),
+    (r"(vae_scale\.(train|bench (train|step)) .*)", r"\1 SMALL"),
 ]
-SMALL = [*TINY, "--train.images=24", "--evaluate.images=12", "--evaluate.latents=24", "--track.tracker=none",
+SMALL = [*TINY, "--train.images=24", "--evaluate.images=12", "--evaluate.prior_fit_images=24", "--track.tracker=none",
          "--prior.width=64", "--prior.depth=1"]  # fmt: skip
 
 # Commands (as patterns) that are not run here: the file that proves them, words that stand in it, and why.
 ELSEWHERE = {
     r"accelerate launch --cpu --num_processes 2":
         ("tests/test_training.py", "test_the_silent_single_process_launch_is_refused", "starts one process, which refuses"),
-    r"python tests/soak\.py --kills 50 --processes 1 --precision fp32":
+    r"python tests/benchmarks/compare_loaders\.py .*":
+        ("tests/test_bench.py", "compare_loaders.main(", "takes minutes"),
+    r"python tests/benchmarks/compare_trainers\.py .*":
+        ("tests/test_trainer_peers.py", "from compare_trainers import main", "takes minutes"),
+    r"python tests/benchmarks/soak\.py --kills 50 --processes 1 --precision fp32":
         ("tests/test_resume.py", "Soak(", "takes half an hour"),
     r"sbatch .* launch/slurm\.sbatch --config configs/stl10\.yaml":
         ("tests/test_slurm.py", "slurm.sbatch", "needs SLURM"),
@@ -76,12 +78,12 @@ ELSEWHERE = {
 LAUNCHED_ELSEWHERE = {
     "launch/cpu.yaml": ("tests/test_launch.py", "test_cpu_and_single_gpu_start_one_process"),
     "launch/single_gpu.yaml": ("tests/test_launch.py", "test_cpu_and_single_gpu_start_one_process"),
-    "launch/multi_node.yaml": ("tests/test_launch.py", "test_multi_node_lets_two_launchers_train_together"),
-    "launch/fsdp2.yaml": ("tests/test_launch.py", "test_fsdp2_starts_processes_that_share_the_weights"),
+    "launch/multi_node.yaml": ("tests/test_launch.py", "test_multi_node_connects_two_launchers"),
+    "launch/fsdp2.yaml": ("tests/test_launch.py", "test_fsdp2_starts_two_processes"),
 }
 
 # Files that are named, but are not of this repository: the reader writes them, or a run.
-NOT_OURS = {"vae_scale/models/mine.py", "vae_scale/data/mine.py", "config.yaml"}
+NOT_IN_REPOSITORY = {"vae_scale/models/mine.py", "vae_scale/data/mine.py", "config.yaml"}
 
 # Fenced code, an indented line, or inline code, maybe in the first cell of a table.
 CODE = re.compile(
@@ -102,7 +104,7 @@ class Command(NamedTuple):
         return f"{self.readme}: {self.text}"
 
 
-def found(path: Path) -> tuple[list[Command], list[Command]]:
+def find_commands(path: Path) -> tuple[list[Command], list[Command]]:
     """The commands of a Markdown file, in order and each once, and those that sentences mention by name."""
     commands, mentions = [], []
     for fenced, indented, cell, inline in CODE.findall(re.sub(r"\s*\\\n\s*", " ", path.read_text())):
@@ -114,17 +116,17 @@ def found(path: Path) -> tuple[list[Command], list[Command]]:
     return list(dict.fromkeys(commands)), list(dict.fromkeys(mentions))
 
 
-COMMANDS = [command for path in READMES for command in found(path)[0]]
+COMMANDS = [command for path in READMES for command in find_commands(path)[0]]
 RUN_HERE = [command for command in COMMANDS if not any(re.fullmatch(pattern, command.text) for pattern in ELSEWHERE)]
-MENTIONS = [command for path in READMES for command in found(path)[1]]
+MENTIONS = [command for path in READMES for command in find_commands(path)[1]]
 
 
-def written(verb: str, words: list[str]) -> list[Path]:
-    """What a vae_scale command writes, by what it was told."""
+def output_paths(verb: str, words: list[str]) -> list[Path]:
+    """What a vae_scale command writes, by its options."""
     options = ("--out", "--json", "--gif", "--save-images")
     paths = [Path(after) for word, after in itertools.pairwise(words) if word in options]
     if verb == "train" and "--dry-run" not in words:
-        paths.append(parse(words)[0].folder)
+        paths.append(parse(words)[0].run_dir)
     if verb == "report" and not paths:
         paths.append(Path(words[0]) / "report.html")
     return paths
@@ -158,7 +160,7 @@ class Place:
         for pattern, smaller in SMALLER:
             text = re.sub(pattern, smaller, text)
         text = text.replace("SERVER", self.server.url).replace("SMALL", shlex.join(SMALL))
-        ours = re.search(r"-m vae_scale\.(.*)", text)
+        command = re.search(r"-m vae_scale\.(.*)", text)
         if text.startswith("make "):
             check_make(text)
         elif text.startswith("pip install "):
@@ -166,14 +168,14 @@ class Place:
         elif text.startswith("python tests/"):
             in_a_shell(text)
         else:
-            assert ours, "not a command of vae_scale, and not in ELSEWHERE"
-            verb, *words = (re.sub("^~", str(self.folder), word) for word in shlex.split(ours[1]))
-            self.run_ours(text, verb, words)
+            assert command, "not a command of vae_scale, and not in ELSEWHERE"
+            verb, *words = (re.sub("^~", str(self.folder), word) for word in shlex.split(command[1]))
+            self.run_module(text, verb, words)
 
-    def run_ours(self, text: str, verb: str, words: list[str]) -> None:
+    def run_module(self, text: str, verb: str, words: list[str]) -> None:
         """Runs a command of vae_scale: in this process, which takes less time, or by a launcher that was not tried yet."""
-        paths = written(verb, words)
-        self.make_way(paths, keep="--part" in words)
+        paths = output_paths(verb, words)
+        self.remove_outputs(paths, keep="--part" in words)
         launcher = re.search(r"accelerate launch (.*--config_file (\S+).*)", text)
         if launcher:
             launch_command_parser().parse_args(shlex.split(launcher[1]))
@@ -186,9 +188,9 @@ class Place:
             assert inspect.getsource(module).endswith('if __name__ == "__main__":\n    main()\n')
         for path in paths:
             assert any(path.iterdir()) if path.is_dir() else path.read_bytes(), f"{path}: nothing was written"
-            assert verb != "train" or checkpoint.newest(path), f"{path}: no checkpoint"
+            assert verb != "train" or checkpoint.newest_checkpoint(path), f"{path}: no checkpoint"
 
-    def make_way(self, paths: list[Path], keep: bool) -> None:
+    def remove_outputs(self, paths: list[Path], keep: bool) -> None:
         """Removes what stands where a command is to write; folders not if they are to be kept."""
         for path in paths:
             assert path.resolve().is_relative_to(self.folder.parent), f"{path}: not below the test's folder"
@@ -217,9 +219,9 @@ def check_make(text: str) -> None:
 def check_pip(text: str) -> None:
     """It installs this project, with extras that there are."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    wanted = re.fullmatch(r"(?:\.|vae_scale)(?:\[([\w,]+)\])?", shlex.split(text)[-1])
-    assert wanted, "installs something else: add it to ELSEWHERE"
-    assert set((wanted[1] or "").split(",")) <= {"", *extras}
+    requirement = re.fullmatch(r"(?:\.|vae_scale)(?:\[([\w,]+)\])?", shlex.split(text)[-1])
+    assert requirement, "installs something else: add it to ELSEWHERE"
+    assert set((requirement[1] or "").split(",")) <= {"", *extras}
 
 
 @pytest.fixture(scope="module")
@@ -290,9 +292,9 @@ def test_links_and_names_of_files_lead_somewhere(path: Path) -> None:
     text = path.read_text()
     for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)|<img[^>]* src=\"([^\"]+)\"", text):
         assert (path.parent / "".join(link)).exists(), "".join(link)
-    ours = {each.name for folder in FOLDERS for each in (ROOT / folder).rglob("*.*")}
-    for name in set(re.findall(r"`([\w./-]+)`", text)) - NOT_OURS:
+    file_names = {each.name for folder in FOLDERS for each in (ROOT / folder).rglob("*.*")}
+    for name in set(re.findall(r"`([\w./-]+)`", text)) - NOT_IN_REPOSITORY:
         if name.startswith(("tests/", "launch/", "configs/", "vae_scale/")):
             assert (ROOT / name).exists(), name
         elif Path(name).suffix in (".py", ".yaml", ".sbatch"):
-            assert name in ours, name
+            assert name in file_names, name

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scaling
+import two_processes
 from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
+from scaling import Cluster, Job, Link, exchange, latest, main, predict
 
-from vae_scale.bench import main
-from vae_scale.benchmark import scaling, two_processes
-from vae_scale.benchmark.scaling import Cluster, Job, Link, exchange, latest, predict
-from vae_scale.config import parse
+from vae_scale.config.parsing import parse
 
 ROOT = Path(__file__).parent.parent
 SCALING = ROOT / "launch" / "SCALING.md"
@@ -58,24 +58,24 @@ def test_machines_of_one_gpu_need_twice_the_logarithm_of_their_number_in_message
 def test_a_step_computed_by_hand() -> None:
     cluster = Cluster(2, Link(1e9, 0.0), instant, overlap=1.0)
     # Four buckets take 25 MiB / 1 GB/s each. The backward pass of 60 ms hides two of them and a part of the third.
-    found = predict(2, Job(0.09, 16, 4 * scaling.BUCKET), cluster)
+    prediction = predict(2, Job(0.09, 16, 4 * scaling.BUCKET), cluster)
     bucket = scaling.BUCKET / 1e9
-    assert found.exchange_seconds == pytest.approx(4 * bucket)
-    assert found.lost["exchange"] == pytest.approx(bucket + 3 * bucket - 0.06)
-    assert found.step_seconds == pytest.approx(0.09 + 4 * bucket - 0.06)
-    assert found.limit == "exchange"
+    assert prediction.exchange_seconds == pytest.approx(4 * bucket)
+    assert prediction.lost["exchange"] == pytest.approx(bucket + 3 * bucket - 0.06)
+    assert prediction.step_seconds == pytest.approx(0.09 + 4 * bucket - 0.06)
+    assert prediction.limit == "exchange"
 
 
 @given(jobs, clusters, numbers)
-def test_efficiency_is_a_share(job: Job, cluster: Cluster, gpus: int) -> None:
-    found = predict(gpus, job, cluster)
-    assert 0 < found.efficiency <= 1 + 1e-9
-    assert all(seconds >= -1e-12 for seconds in found.lost.values())
-    assert found.images == gpus * job.images
+def test_efficiency_is_between_0_and_1(job: Job, cluster: Cluster, gpus: int) -> None:
+    prediction = predict(gpus, job, cluster)
+    assert 0 < prediction.efficiency <= 1 + 1e-9
+    assert all(seconds >= -1e-12 for seconds in prediction.lost.values())
+    assert prediction.images == gpus * job.images
 
 
 @given(jobs, clusters)
-def test_one_gpu_loses_nothing_but_to_a_slow_loader(job: Job, cluster: Cluster) -> None:
+def test_one_gpu_is_slowed_only_by_a_slow_loader(job: Job, cluster: Cluster) -> None:
     alone = predict(1, job, replace(cluster, loader=math.inf, storage=math.inf))
     assert alone.efficiency == 1.0
     assert alone.limit == "-"
@@ -97,8 +97,8 @@ def test_more_to_exchange_or_slower_links_never_help(job: Job, cluster: Cluster,
 
 @given(jobs, numbers)
 def test_without_costs_a_step_takes_as_long_as_on_one_gpu(job: Job, gpus: int) -> None:
-    found = predict(gpus, replace(job, draw_seconds=0.0, deviation=0.0), Cluster(8, instant, instant))
-    assert found.efficiency == 1.0
+    prediction = predict(gpus, replace(job, draw_seconds=0.0, deviation=0.0), Cluster(8, instant, instant))
+    assert prediction.efficiency == 1.0
 
 
 def test_each_machine_reads_all_shards_unless_there_are_streams() -> None:
@@ -118,13 +118,13 @@ def test_the_latest_of_many() -> None:
 
 @pytest.mark.parametrize("name", ["demo", "small"])
 def test_sizes_are_those_of_the_network(name: str) -> None:
-    from vae_scale.models.networks import build
+    from vae_scale.models.networks import build_model
 
     config = parse([f"--config={ROOT / 'configs' / name}.yaml"])[0]
-    found, model = scaling.size(config), build(config.model, 96)
-    assert found.parameters == sum(part.numel() for part in model.parameters() if part.requires_grad)
-    assert found.latents == math.prod(model.latent_shape)
-    assert found.flops > 3 * 96 * 96
+    size, model = scaling.size(config), build_model(config.model, 96)
+    assert size.parameters == sum(part.numel() for part in model.parameters() if part.requires_grad)
+    assert size.latents == math.prod(model.latent_shape)
+    assert size.flops > 3 * 96 * 96
 
 
 def test_the_tables_of_the_document_are_what_their_commands_print(
@@ -132,16 +132,16 @@ def test_the_tables_of_the_document_are_what_their_commands_print(
 ) -> None:
     monkeypatch.chdir(ROOT)
     text = SCALING.read_text()
-    commands = re.findall(r"^    python -m vae_scale\.bench (scaling .*--(?:tflops|step-ms).*)$", text, re.MULTILINE)
+    commands = re.findall(r"^    python tests/benchmarks/scaling\.py (.*--(?:tflops|step-ms).*)$", text, re.MULTILINE)
     assert len(commands) >= 3
     for command in commands:
         main(shlex.split(command))
         printed = capsys.readouterr().out.strip()
-        assert f"    python -m vae_scale.bench {command}\n\n{printed}\n" in text, command
+        assert f"    python tests/benchmarks/scaling.py {command}\n\n{printed}\n" in text, command
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--tflops=100", "--gpus-per-node=3", "--config=configs/stl10.yaml"], "--gpus-per-node is 3; it must divide"),
         (["--step-ms=5", "--tflops=100"], "not allowed with argument"),
@@ -150,20 +150,20 @@ def test_the_tables_of_the_document_are_what_their_commands_print(
         (["--train.batch_size=4", "--data.shards=nowhere"], "a process ended: data.shards nowhere"),
     ],
 )
-def test_what_cannot_be_said_is_told_in_one_line(
-    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_invalid_options_are_reported_in_one_line(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
-        main(["scaling", *words])
-    assert told in capsys.readouterr().err.splitlines()[-1]
+        main(words)
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_two_processes_are_measured_beside_two_alone(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(two_processes, "SECONDS", 0.1)
-    main(["scaling", f"--data.shards={shards}", *TINY, "--repeats=2", "--json", str(tmp_path / "report.json")])
+    main([f"--data.shards={shards}", *TINY, "--repeats=2", "--json", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in report["rows"]] == [two_processes.ALONE, two_processes.TOGETHER]
     assert all(len(row["runs"]) == 2 and min(row["runs"]) > 0 for row in report["rows"])
@@ -173,4 +173,4 @@ def test_two_processes_are_measured_beside_two_alone(
     assert report["job"]["images"] == 6
     assert report["job"]["gradient_bytes"] > 0
     assert report["link"]["bytes_per_second"] > 0
-    assert "together it should be longer by" in capsys.readouterr().out
+    assert "predicted overhead of a step of both" in capsys.readouterr().out

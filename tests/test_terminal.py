@@ -1,4 +1,4 @@
-"""What a run prints: lines and a bar for people, JSON for programs, and errors with their rank."""
+"""Terminal output of a run: messages and a progress bar, or JSON, and errors with their rank."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from launch import command, environment
 MORE = ["--train.images=48", "--train.log_every=1", "--track.tracker=none", "--evaluate.every=36"]
 
 
-def test_json_is_all_that_is_on_standard_output_and_holds_what_the_files_hold(shards: Path, tmp_path: Path) -> None:
+def test_json_output_holds_all_records_of_the_files(shards: Path, tmp_path: Path) -> None:
     words = command(1, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, *MORE, "--log=json")
     ran = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
@@ -29,39 +29,39 @@ def test_json_is_all_that_is_on_standard_output_and_holds_what_the_files_hold(sh
         assert all(line in printed for line in lines)
     assert [line["event"] for line in printed if "event" in line] == ["started", "finished"]
     assert [line["images"] for line in printed if "train/loss" in line] == [12, 24, 36, 48]
-    assert any("held-out nats" in line.get("note", "") for line in printed)
+    assert any("held-out " in line.get("message", "") for line in printed)
     times = [datetime.fromisoformat(line["time"]) for line in printed if "event" in line]
     assert times[0] <= times[1]
 
 
-def test_a_terminal_has_a_bar_with_speed_loss_wait_and_the_time_left(shards: Path, tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, 240))
+def test_progress_bar_shows_loss_throughput_loading_and_remaining_time(shards: Path, tmp_path: Path) -> None:
+    controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (40, 240))
     words = command(1, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, *MORE)
-    process = subprocess.Popen(words, env=environment(), stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    told = b""
+    process = subprocess.Popen(words, env=environment(), stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    output = b""
     while True:
         try:
-            told += os.read(ours, 4096)
-        except OSError:  # how Linux tells that the other end is closed
+            output += os.read(controller, 4096)
+        except OSError:  # the terminal is closed
             break
-    os.close(ours)
-    assert process.wait() == 0, told
-    bar = re.compile(r"\d+%\|.*\| [\d.]+/48\.0 \[\d\d:\d\d<\d\d:\d\d], [\d.]+ bits/dim, \d+ images/s, waits [\d.]+%")
-    assert bar.search(told.decode()), told
+    os.close(controller)
+    assert process.wait() == 0, output
+    bar = re.compile(r"\d+%\|.*\| [\d.]+/48\.0 \[\d\d:\d\d<\d\d:\d\d], [\d.]+ bits/dim, \d+ images/s, loading [\d.]+%")
+    assert bar.search(output.decode()), output
 
 
-def test_where_output_is_a_file_the_bar_is_a_line_now_and_then(shards: Path, tmp_path: Path) -> None:
+def test_status_lines_replace_the_bar_if_the_output_is_a_file(shards: Path, tmp_path: Path) -> None:
     words = command(1, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, *MORE)
     ran = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     assert "\r" not in ran.stdout + ran.stderr
     assert f"{tmp_path} 12 of 48 images, " in ran.stderr
-    assert re.search(r"images/s, waits [\d.]+%, \d\d:\d\d left\n", ran.stderr)
+    assert re.search(r"images/s, loading [\d.]+%, \d\d:\d\d left\n", ran.stderr)
 
 
-def test_each_rank_says_its_errors_with_its_name_and_nothing_else(shards: Path, tmp_path: Path) -> None:
+def test_each_rank_prints_its_errors_with_its_rank(shards: Path, tmp_path: Path) -> None:
     words = command(2, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, "--train.batch_size=13")
     ran = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
     assert ran.returncode != 0
@@ -71,22 +71,22 @@ def test_each_rank_says_its_errors_with_its_name_and_nothing_else(shards: Path, 
     assert len(errors) == len(set(errors))
 
 
-def test_samples_are_drawn_at_powers_of_two_until_the_first_evaluation(shards: Path, tmp_path: Path) -> None:
-    from vae_scale.config import parse
+def test_samples_are_written_at_powers_of_two_until_the_first_evaluation(shards: Path, tmp_path: Path) -> None:
+    from vae_scale.config.parsing import parse
     from vae_scale.training.trainer import Trainer
 
     words = [f"--data.shards={shards}", *TINY, "--track.tracker=none", "--train.images=600", "--evaluate.every=540"]
     words += ["--checkpoint.every=540"]
     for run, option, images in (("a", "true", [264, 516, 540, 600]), ("b", "false", [540, 600])):
         Trainer(parse([*words, f"--run={tmp_path / run}", f"--evaluate.early={option}"])[0]).run()
-        drawn = sorted((tmp_path / run / "samples").glob("samples_*.png"))
-        assert [int(path.stem.split("_")[1]) for path in drawn] == images
+        paths = sorted((tmp_path / run / "samples").glob("samples_*.png"))
+        assert [int(path.stem.split("_")[1]) for path in paths] == images
 
 
-@pytest.mark.parametrize("word", ["text", "true", "null"])
-def test_other_kinds_of_log_are_refused(word: str) -> None:
-    from vae_scale.config import parse
+@pytest.mark.parametrize("value", ["text", "true", "null"])
+def test_other_values_of_log_are_user_errors(value: str) -> None:
+    from vae_scale.config.parsing import parse
     from vae_scale.errors import UserError
 
     with pytest.raises(UserError, match="log"):
-        parse([f"--log={word}"])
+        parse([f"--log={value}"])

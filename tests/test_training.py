@@ -1,4 +1,4 @@
-"""Training, in the processes that users start."""
+"""Training, in the processes that users launch."""
 
 import json
 import platform
@@ -18,9 +18,9 @@ from conftest import COUNTS, TINY
 from safetensors.torch import load_file
 
 from launch import ACCELERATE, command, environment, losses, train
-from vae_scale.config import parse
+from vae_scale.config.parsing import parse
 from vae_scale.models.vae import VAE
-from vae_scale.training import checkpoint
+from vae_scale.runtime import checkpoint
 from vae_scale.training.trainer import Trainer
 
 IMAGES = COUNTS["train"] + COUNTS["unlabeled"]  # of an epoch
@@ -33,7 +33,7 @@ def options(shards: Path, run: Path, *more: object) -> list[str]:
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     """Everything in the newest checkpoint."""
-    folder = checkpoint.newest(run)
+    folder = checkpoint.newest_checkpoint(run)
     assert folder is not None
     return {
         f"{part}.{name}": tensor
@@ -43,26 +43,26 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def state(run: Path) -> dict[str, object]:
-    folder = checkpoint.newest(run)
+    folder = checkpoint.newest_checkpoint(run)
     assert folder is not None
     return json.loads((folder / "state.json").read_text())
 
 
-def in_process(*words: str) -> Trainer:
+def train_in_process(*words: str) -> Trainer:
     trainer = Trainer(parse(list(words))[0])
     trainer.run()
     return trainer
 
 
-def test_two_processes_share_an_epoch_hold_the_same_weights_and_go_on_after_a_kill(shards: Path, tmp_path: Path) -> None:
+def test_two_processes_share_an_epoch_have_the_same_weights_and_resume_after_a_kill(shards: Path, tmp_path: Path) -> None:
     run, diary = tmp_path / "run", tmp_path / "diary"
     diary.mkdir()
     words = options(shards, run, f"--train.images={3 * IMAGES}", "--train.batch_size=30", "--checkpoint.every=30")
     launch = command(2, *words, program=RECORD)
-    process = subprocess.Popen(launch, env=environment(DIARY=str(diary)), stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(checkpoint.checkpoints(run)) < 3:
+    process = subprocess.Popen(launch, env=environment(RECORD_DIR=str(diary)), stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(checkpoint.list_checkpoints(run)) < 3:
         time.sleep(0.05)
-    # Workers have a session of their own, so each is killed by itself, all at once.
+    # Each worker runs in its own session and is killed separately.
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.kill()
     process.wait()
@@ -73,13 +73,13 @@ def test_two_processes_share_an_epoch_hold_the_same_weights_and_go_on_after_a_ki
     assert set(first) == {"rank_0_of_2.jsonl", "rank_1_of_2.jsonl"}
     for path in diary.iterdir():
         path.unlink()
-    told = train(2, *words, program=RECORD, DIARY=str(diary))
-    assert f"resuming {run} at {reached['images_seen']:,} images" in told, told
+    output = train(2, *words, program=RECORD, RECORD_DIR=str(diary))
+    assert f"resuming {run} at {reached['images_seen']:,} images" in output, output
 
     ended = state(run)
     assert ended["images_seen"] == 3 * IMAGES
     assert ended["processes"] == 2
-    weights = ended["weights"]
+    weights = ended["fingerprints"]
     assert isinstance(weights, list)
     assert len(weights) == 2
     assert weights[0] == weights[1]
@@ -96,11 +96,11 @@ def test_two_processes_share_an_epoch_hold_the_same_weights_and_go_on_after_a_ki
         assert Counter(order[epoch * IMAGES : (epoch + 1) * IMAGES]) == Counter(range(IMAGES))
 
 
-def test_one_and_two_processes_with_and_without_accumulation_train_alike(shards: Path, tmp_path: Path) -> None:
+def test_losses_do_not_depend_on_the_number_of_processes_or_microbatches(shards: Path, tmp_path: Path) -> None:
     common = ("--train.images=120", "--train.log_every=1")
     train(1, *options(shards, tmp_path / "one", *common))
-    train(2, *options(shards, tmp_path / "two", *common, "--train.accumulation=3"))
-    in_process(*options(shards, tmp_path / "pieces", *common, "--train.accumulation=4"))
+    train(2, *options(shards, tmp_path / "two", *common, "--train.gradient_accumulation_steps=3"))
+    train_in_process(*options(shards, tmp_path / "pieces", *common, "--train.gradient_accumulation_steps=4"))
     one, two, pieces = (losses(tmp_path / name) for name in ("one", "two", "pieces"))
     assert set(one) == set(two) == set(pieces) == set(range(12, 121, 12))
     for images, loss in one.items():
@@ -108,14 +108,14 @@ def test_one_and_two_processes_with_and_without_accumulation_train_alike(shards:
         assert pieces[images] == pytest.approx(loss, rel=1e-4)
 
 
-def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(shards: Path, tmp_path: Path) -> None:
-    words = ("--train.images=180", "--train.log_every=1", "--checkpoint.every=60", "--optimizer.warmup=50")
-    in_process(*options(shards, tmp_path / "whole", *words))
-    broken = in_process(*options(shards, tmp_path / "broken", *words))
-    for folder in checkpoint.checkpoints(tmp_path / "broken")[1:]:
-        (folder / "model.safetensors").write_bytes(b"torn")  # so that it goes on from the first
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(shards: Path, tmp_path: Path) -> None:
+    words = ("--train.images=180", "--train.log_every=1", "--checkpoint.every=60", "--optimizer.warmup_images=50")
+    train_in_process(*options(shards, tmp_path / "whole", *words))
+    broken = train_in_process(*options(shards, tmp_path / "broken", *words))
+    for folder in checkpoint.list_checkpoints(tmp_path / "broken")[1:]:
+        (folder / "model.safetensors").write_bytes(b"torn")  # so that it resumes from the first
     del broken
-    in_process(*options(shards, tmp_path / "broken", *words))
+    train_in_process(*options(shards, tmp_path / "broken", *words))
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     whole, again = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")
     assert whole.keys() == again.keys()
@@ -124,18 +124,18 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(shards: Path, tm
 
 def test_training_improves_the_held_out_elbo_by_a_real_margin(shards: Path, tmp_path: Path) -> None:
     words = options(shards, tmp_path, "--train.images=1200", "--evaluate.every=120", "--train.batch_size=6")
-    trainer = in_process(*words)
+    trainer = train_in_process(*words)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    found = [line for line in lines if "eval/nats" in line]
-    assert found[-1]["eval/nats"] < found[0]["eval/nats"] - 3000
-    assert found[-1]["eval/psnr_db"] > found[0]["eval/psnr_db"] + 1.5
+    evaluations = [line for line in lines if "eval/neg_elbo" in line]
+    assert evaluations[-1]["eval/neg_elbo"] < evaluations[0]["eval/neg_elbo"] - 3000
+    assert evaluations[-1]["eval/psnr"] > evaluations[0]["eval/psnr"] + 1.5
     assert trainer.ema.model.mixture is not None
     pictures = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert "samples_000001200.png" in pictures
     assert "reconstructions_000001200.png" in pictures
 
 
-def test_the_mixture_is_fitted_for_checkpoints_only_and_samples_are_drawn_from_one_that_is_fresh(
+def test_the_mixture_is_fitted_for_checkpoints_and_samples_are_drawn_only_from_a_current_one(
     shards: Path, tmp_path: Path
 ) -> None:
     words = options(shards, tmp_path, "--train.images=96", "--evaluate.every=24", "--checkpoint.every=48")
@@ -155,14 +155,14 @@ def test_the_mixture_is_fitted_for_checkpoints_only_and_samples_are_drawn_from_o
         *(f"reconstructions_{images:09d}" for images in (24, 48, 72, 96)),
         *(f"samples_{images:09d}" for images in (48, 96)),
     ]
-    assert all((folder / "mixture.safetensors").exists() for folder in checkpoint.checkpoints(tmp_path))
+    assert all((folder / "mixture.safetensors").exists() for folder in checkpoint.list_checkpoints(tmp_path))
 
 
-def test_stl10s_configurations_keep_eight_gpus_busy() -> None:
+def test_stl10_configurations_keep_eight_gpus_busy() -> None:
     folder = Path(__file__).parent.parent / "configs"
     for name in ("stl10", "stl10_large", "stl10_prior"):
         config = parse([f"--config={folder / name}.yaml"])[0]
-        assert config.train.batch // 8 >= 128
+        assert config.train.global_batch_size // 8 >= 128
         # An evaluation may take as long as training on 2% of the images from one to the next. On eight GPUs it takes about as
         # long as training on 40,000 images (a second at 5,000 images/s each).
         assert min(config.evaluate.every, config.checkpoint.every) * 0.02 > 40_000
@@ -180,20 +180,31 @@ GOLDEN = {
 
 @pytest.mark.parametrize("likelihood", GOLDEN)
 def test_golden_losses(shards: Path, tmp_path: Path, likelihood: str) -> None:
-    words = ("--train.images=60", "--train.log_every=1", f"--model.likelihood={likelihood}", "--objective.beta_warmup=30")
-    in_process(*options(shards, tmp_path, *words))
+    words = (
+        "--train.images=60",
+        "--train.log_every=1",
+        f"--model.likelihood={likelihood}",
+        "--objective.beta_warmup_images=30",
+    )
+    train_in_process(*options(shards, tmp_path, *words))
     assert list(losses(tmp_path).values()) == pytest.approx(GOLDEN[likelihood], rel=2e-4)
 
 
 GOLDEN_NETWORKS = {
-    ("--model.preset=ladder", "--model.patch=8", "--model.width=16", "--model.blocks=1", "--model.latent_channels=2"): [
+    (
+        "--model.preset=hierarchical",
+        "--model.patch_size=8",
+        "--model.width=16",
+        "--model.num_res_blocks=1",
+        "--model.latent_channels=2",
+    ): [
         152166.2,
         151948.1,
         152437.8,
         153358.3,
         155177.6,
     ],
-    ("--model.preset=kl", "--model.width=8", "--model.multipliers=[1,1,2,2]", "--model.blocks=1"): [
+    ("--model.preset=kl", "--model.width=8", "--model.channel_mult=[1,1,2,2]", "--model.num_res_blocks=1"): [
         153046.6,
         152939.5,
         154600.0,
@@ -205,9 +216,9 @@ GOLDEN_NETWORKS = {
 
 @pytest.mark.parametrize("network", GOLDEN_NETWORKS, ids=lambda network: network[0].split("=")[1])
 def test_golden_losses_of_the_other_networks(shards: Path, tmp_path: Path, network: tuple[str, ...]) -> None:
-    in_process(*options(shards, tmp_path, "--train.images=60", "--train.log_every=1", *network))
+    train_in_process(*options(shards, tmp_path, "--train.images=60", "--train.log_every=1", *network))
     assert list(losses(tmp_path).values()) == pytest.approx(GOLDEN_NETWORKS[network], rel=2e-4)
-    folder = checkpoint.newest(tmp_path)
+    folder = checkpoint.newest_checkpoint(tmp_path)
     assert folder is not None
     assert VAE.from_pretrained(folder, "ema.safetensors").sample(2).shape == (2, 3, 96, 96)
 
@@ -218,21 +229,21 @@ def test_the_seed_notebooks_vae_trains_here(shards: Path, tmp_path: Path) -> Non
     trainer = Trainer(parse([*words, "--train.batch_size=10"])[0])
     step_losses = []
     for batch in islice(trainer.stream, 12):
-        trainer._step(batch)
-        step_losses.append(trainer.meters.read().means[0])
+        trainer.train_step(batch)
+        step_losses.append(trainer.metrics.compute().means["loss"])
     assert sum(step_losses[-3:]) < sum(step_losses[:3])
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
-def test_a_step_on_a_cpu_takes_its_memory_from_the_step_before(shards: Path, tmp_path: Path) -> None:
+def test_a_step_on_a_cpu_reuses_the_memory_of_the_previous_step(shards: Path, tmp_path: Path) -> None:
     words = options(shards, tmp_path, "--train.images=1000000", "--train.log_every=1000", "--evaluate.early=false")
     trainer = Trainer(parse(words)[0])
-    with closing(trainer._batches()) as batches, trainer._progress():
+    with closing(trainer.batches()) as batches, trainer.progress_bar():
         for batch in islice(batches, 20):
-            trainer._advance(batch)
+            trainer.train_iteration(batch)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for batch in islice(batches, 20):
-            trainer._advance(batch)
+            trainer.train_iteration(batch)
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
     assert faults < 300  # pages; 1,700 where memory is given back
 
@@ -240,13 +251,13 @@ def test_a_step_on_a_cpu_takes_its_memory_from_the_step_before(shards: Path, tmp
 @pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "encode"])
 def test_the_silent_single_process_launch_is_refused(shards: Path, tmp_path: Path, verb: str) -> None:
     run_option = [f"--run={tmp_path / 'run'}"]
-    own = {
+    arguments = {
         "train": options(shards, tmp_path / "run"),
         "evaluate": [],
         "sample": ["--num=2", "--out=x.png"],
         "encode": ["--out=x"],
     }
-    words = own[verb] if verb == "train" else [*run_option, *own[verb]]
+    words = arguments[verb] if verb == "train" else [*run_option, *arguments[verb]]
     words = ["--cpu", "--num_processes=2", "-m", f"vae_scale.{verb}", *words]
     run = subprocess.run([*ACCELERATE, *words], env=environment(), capture_output=True, text=True)
     assert run.returncode != 0
@@ -254,7 +265,7 @@ def test_the_silent_single_process_launch_is_refused(shards: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_two_processes_cannot_share_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_a_batch_size_that_two_processes_do_not_divide_is_refused(shards: Path, tmp_path: Path) -> None:
     launch = command(2, *options(shards, tmp_path / "run", "--train.batch_size=13"))
     run = subprocess.run(launch, env=environment(), capture_output=True, text=True)
     assert run.returncode != 0
@@ -270,29 +281,29 @@ def test_bf16_trains_and_is_close_to_fp32(shards: Path, tmp_path: Path) -> None:
     assert rounded != exact
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(shards: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(shards: Path, tmp_path: Path) -> None:
     launch = command(1, *options(shards, tmp_path, "--optimizer.lr=1e10", "--train.images=600", "--checkpoint.every=6000"))
     run = subprocess.run(launch, env=environment(), capture_output=True, text=True)
     assert run.returncode == 2
     assert "lower optimizer.lr" in run.stderr
-    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest_checkpoint(tmp_path) is None
 
 
 def test_a_run_refuses_another_network_or_other_images(shards: Path, binaries: Path, tmp_path: Path) -> None:
     from vae_scale.errors import UserError
     from vae_scale.pack import main as pack
 
-    in_process(*options(shards, tmp_path / "run", "--train.images=12"))
+    train_in_process(*options(shards, tmp_path / "run", "--train.images=12"))
     with pytest.raises(UserError, match=r"another model\.latent_channels, seed;"):
-        in_process(*options(shards, tmp_path / "run", "--train.images=24", "--model.latent_channels=3", "--seed=5"))
+        train_in_process(*options(shards, tmp_path / "run", "--train.images=24", "--model.latent_channels=3", "--seed=5"))
     pack(["--source=stl10", f"--data={binaries}", f"--out={tmp_path / 'other'}", "--limit=20"])
     with pytest.raises(UserError, match="other shards"):
-        in_process(*options(tmp_path / "other", tmp_path / "run", "--train.images=24"))
-    again = in_process(*options(shards, tmp_path / "run", "--train.images=12"))
+        train_in_process(*options(tmp_path / "other", tmp_path / "run", "--train.images=24"))
+    again = train_in_process(*options(shards, tmp_path / "run", "--train.images=12"))
     assert again.images_seen == 12
 
 
-def test_wandb_without_a_key_is_offline_never_asks_and_keeps_its_id(
+def test_wandb_without_a_key_is_offline_without_a_prompt_and_keeps_its_id(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
@@ -305,19 +316,25 @@ def test_wandb_without_a_key_is_offline_never_asks_and_keeps_its_id(
     assert str(state(tmp_path / "run")["wandb_id"]) in offline.name
     (written,) = offline.glob("*.wandb")
     content = written.read_bytes()
-    for name in (b"train/bits_per_dim", b"eval/psnr_db", b"data/wait_share", b"samples/reconstructions", b"train/grad_norm"):
+    for name in (
+        b"train/bits_per_dim",
+        b"eval/psnr",
+        b"perf/data_loading_fraction",
+        b"samples/reconstructions",
+        b"train/grad_norm",
+    ):
         assert name in content
     assert len(list(offline.rglob("*.png"))) == 2
 
 
-def test_metrics_of_a_resumed_run_hold_no_interval_twice(shards: Path, tmp_path: Path) -> None:
+def test_metrics_of_a_resumed_run_have_no_duplicate_intervals(shards: Path, tmp_path: Path) -> None:
     words = options(shards, tmp_path, "--train.log_every=1", "--checkpoint.every=48")
-    in_process(*words, "--train.images=96")
-    for folder in checkpoint.checkpoints(tmp_path)[1:]:
+    train_in_process(*words, "--train.images=96")
+    for folder in checkpoint.list_checkpoints(tmp_path)[1:]:
         (folder / "manifest.json").unlink()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"images": 1')  # as a kill leaves it
-    in_process(*words, "--train.images=120")
+    train_in_process(*words, "--train.images=120")
     images = [json.loads(line)["images"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert list(Counter(images)) == list(range(12, 121, 12))
     assert max(Counter(images).values()) <= 2  # training and evaluation

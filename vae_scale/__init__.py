@@ -1,17 +1,25 @@
 """Train convolutional ResNet VAEs that generate realistic images, from WebDataset shards."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-__version__ = "0.2.0.dev0"
-__all__ = ["VAE", "ResNetVAE", "__version__"]
 
 if TYPE_CHECKING:
     from vae_scale.models.resnet import ResNetVAE
     from vae_scale.models.vae import VAE
 
+__version__ = "0.2.0.dev0"
+__all__ = ["VAE", "ResNetVAE", "__version__", "load"]
+
+
+def load(name: str | Path, weights: str | None = None) -> "VAE":
+    """Loads a run's newest checkpoint, a checkpoint, a saved model, or a model of the Hub; see `VAE.from_pretrained`."""
+    from vae_scale.models.vae import VAE
+
+    return VAE.from_pretrained(name, weights)
+
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that `python -m vae_scale.train --help` does not wait for torch.
+    # Imported lazily, so that `--help` of the commands does not import torch.
     if name in ("VAE", "ResNetVAE"):
         from vae_scale.models import resnet
 

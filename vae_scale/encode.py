@@ -1,86 +1,81 @@
-"""`python -m vae_scale.encode --run RUN --out DIR`: a set of images as latents, in one process or in many."""
+"""`python -m vae_scale.encode --run RUN --out DIR`: encodes images into shards of latents, in one process or several."""
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vae_scale.errors import UserError, command
+from vae_scale.errors import UserError, cli_main
+from vae_scale.files import sha256_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-WEIGHTS = "ema.safetensors"
+    from vae_scale.evaluation.loading import LoadedRun
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vae_scale.encode",
-        description="Write the latents of images, mean and log-variance, as shards for other models. Run it again to carry on.",
+        description="Encode images into shards of latents (mean and log-variance). To resume, run the same command again.",
     )
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--shards", metavar="PLACE", help="images, a folder or a URL (default: those of the run)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the latents")
-    parser.add_argument("--splits", metavar="A,B", help="of the images (default: all)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time and process (default: 64)")
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="run directory")
+    parser.add_argument("--shards", metavar="PLACE", help="folder or URL of the images (default: those of the run)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the latents to")
+    parser.add_argument("--splits", metavar="A,B", help="splits to encode (default: all)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="batch size per process (default: 64)")
     parser.add_argument(
         "--precision",
         choices=["auto", "bf16", "fp32"],
         default="fp32",
-        help="of the encoder; fp32 (default), as in evaluation, or auto, as in training; latents are written in fp32",
+        help="precision of the encoder (default: fp32; auto: as in training); latents are always written in fp32",
     )
     return parser
 
 
-@command
+@cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command. `argv` is the command line, by default the process's own."""
+    """Runs the command with the arguments `argv`, by default those of the process."""
     args = _parser().parse_args(argv)
     if args.batch < 1:
         raise UserError(f"--batch is {args.batch}; it must be at least 1")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file; give a folder")
 
-    from vae_scale.config import TrainConfig
-    from vae_scale.training.launching import start
+    from vae_scale.evaluation.loading import start_command
 
-    accelerator = start(TrainConfig(precision=args.precision))
-    told = _encode(args, accelerator)
+    run, accelerator = start_command(args.run, args.precision)
+    message = _encode(args, run, accelerator)
     if accelerator.is_main_process:
-        print(f"{args.out}: {told}")
+        print(f"{args.out}: {message}")
     accelerator.end_training()
 
 
-def _encode(args: argparse.Namespace, accelerator: "Accelerator") -> str:
-    """Encodes this process's share; what was done."""
-    from vae_scale.models.vae import VAE
-    from vae_scale.training import checkpoint
-    from vae_scale.training.encoding import encode_shards
-    from vae_scale.training.evaluation import Processes, newest_for_all, open_images
-    from vae_scale.training.launching import resolve_precision
+def _encode(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelerator") -> str:
+    """Encodes this process's share of the images. Returns a summary."""
+    from vae_scale.evaluation.encoding import encode_shards
+    from vae_scale.models.pretrained import AVERAGED_WEIGHTS
+    from vae_scale.runtime.launching import resolve_precision
 
-    processes = Processes.of(accelerator)
-    folder = newest_for_all(args.run, "--run", processes, accelerator.device)
-    data = checkpoint.load(folder)[0]["config"]["data"]
-    model = VAE.from_pretrained(folder, WEIGHTS).to(accelerator.device)
-    shards = open_images(args.shards, data, model.resolution)
+    shards = run.open_shards(args.shards)
     if args.splits:
-        wanted = [name.strip() for name in args.splits.split(",")]
-        if unknown := [name for name in wanted if name not in shards.splits]:
+        splits = [name.strip() for name in args.splits.split(",")]
+        if unknown := [name for name in splits if name not in shards.splits]:
             raise UserError(f"--splits: {shards.location} has no split {unknown[0]!r}; it has {', '.join(shards.splits)}")
-        shards = shards.select(*wanted)
-    with (folder / WEIGHTS).open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    about = {
-        "checkpoint": {"name": folder.name, "images_seen": checkpoint.images_of(folder), "weights": WEIGHTS, "sha256": sha256},
+        shards = shards.select(*splits)
+    provenance = {
+        "checkpoint": {
+            "name": run.checkpoint_dir.name,
+            "images_seen": run.images_seen,
+            "weights": AVERAGED_WEIGHTS,
+            "sha256": sha256_of(run.checkpoint_dir / AVERAGED_WEIGHTS),
+        },
         "precision": resolve_precision(args.precision),
     }
-    training = [name.strip() for name in data["train"].split(",")]
     on_gpu = accelerator.device.type == "cuda"
     with accelerator.autocast():
-        written = encode_shards(model, shards, args.out, args.batch, about, training, processes, on_gpu)
-    count = f"{len(shards):,} images in {len(shards.shards)} shards, from {folder}"
+        written = encode_shards(run.model, shards, args.out, args.batch, provenance, run.train_splits, run.dist, on_gpu)
+    count = f"{len(shards):,} images in {len(shards.shards)} shards, from {run.checkpoint_dir}"
     return f"latents of {count}" if written else f"already complete: latents of {count}"
 
 

@@ -1,68 +1,56 @@
-"""What a user can mend is said in one line."""
+"""Errors that a user can fix, and how commands report them."""
 
 import errno
 import functools
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text names the file or option at fault, what is wrong and what to do."""
+    """An error that the user can fix. Its message names the file or option, what is wrong and what to do."""
 
 
 def one_line(error: Exception) -> str:
-    """The text of `error` folded into a single line; what a terminal would obey, or could not print, is spelled out."""
+    """Returns the message of `error` as a single line, with unprintable characters escaped."""
     text = " ".join(str(error).split())
-    return text if text.isprintable() else "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def shown(text: str) -> str:
-    """A location, or a text with one in it, without what may be secret.
-
-    URLs lose user, password and query; a `pipe:` loses all of its command but the program.
-    """
-    if text.startswith("pipe:"):
-        program = re.match(r"pipe:\s*(\w[\w./-]*|/[\w./-]+)(?=\s|$)", text)
-        return f"pipe:{program[1]} ..." if program else "pipe:..."
+def redact(text: str) -> str:
+    """Returns `text` without the user names, passwords and queries of URLs in it."""
     return re.sub(r"(\w+://)(?:[^/?#\s]*@)?([^?#\s]*)(?:[?#].*)?", r"\1\2", text, flags=re.DOTALL)
 
 
-class Command(Protocol):
-    """A verb's `main`."""
+def cli_main(main: Callable[P, None]) -> Callable[P, None]:
+    """Decorates the `main` of a command.
 
-    def __call__(self, argv: Sequence[str] | None = None) -> None:
-        """Runs the verb with the command line `argv`, by default the process's own."""
-
-
-def command(main: Command) -> Command:
-    """Makes a verb's `main` end as a command should.
-
-    A `UserError` or a full disk becomes one line on standard error and exit code 2; Ctrl-C becomes exit code 130.
-    Everything else is a bug of ours and keeps its traceback.
+    A `UserError` or a full disk becomes one line on standard error and exit code 2, Ctrl-C exit code 130. Any other exception
+    is a bug and keeps its traceback.
     """
 
     @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None = None) -> None:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            main(argv)
+            main(*args, **kwargs)
         except UserError as error:
-            sys.exit(_fail(one_line(error)))
+            _exit(one_line(error))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM):
                 raise
-            sys.exit(_fail(f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another folder"))
+            _exit(f"{error.filename or 'a file'}: {error.strerror}; free some space or choose another folder")
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)
 
-    return wrapped
+    return wrapper
 
 
-def _fail(text: str) -> int:
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    who = f"rank {os.environ.get('RANK', '?')}: " if ranks > 1 else ""
-    print(f"{who}error: {text}", file=sys.stderr, flush=True)
-    return 2
+def _exit(message: str) -> None:
+    rank = f"rank {os.environ.get('RANK', '?')}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"{rank}error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,191 +1,170 @@
-"""`python -m vae_scale.evaluate --run RUN`: measures a trained VAE on held-out images, in one process or in many."""
+"""`python -m vae_scale.evaluate --run RUN`: evaluates a trained VAE on held-out images, on one or many processes."""
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae_scale.errors import UserError, command
-
-FEW = 10_000  # images, below which a note says that the Frechet distance is biased (Chong & Forsyth, 2020)
+from vae_scale.errors import UserError, cli_main
+from vae_scale.files import write_json
 
 if TYPE_CHECKING:
     import torch
 
-    from vae_scale.metrics.features import Extractor
-    from vae_scale.metrics.reconstruction import Perceptual
-    from vae_scale.training.evaluation import Processes
+    from vae_scale.evaluation.features import FeatureExtractor
+    from vae_scale.evaluation.loading import LoadedRun
+    from vae_scale.evaluation.reconstruction import ImageDistance
+    from vae_scale.runtime.distributed import DistContext
+
+UNBIASED_IMAGES = 10_000  # below this, a note on the bias of the Frechet distance is printed (Chong & Forsyth, 2020)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vae_scale.evaluate",
-        description="Measure a trained VAE: its bounds on the likelihood, its reconstructions and its samples.",
+        description="Evaluate a trained VAE: likelihood bounds, reconstructions and samples.",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--shards", metavar="PLACE", help="shards, a folder or a URL (default: those of the run)")
-    parser.add_argument("--split", metavar="NAME", help="images to compare with (default: those the run held out)")
-    parser.add_argument("--images", type=int, metavar="N", help="of the split, at most (default: all)")
-    parser.add_argument(
-        "--samples",
-        type=int,
-        metavar="N",
-        help="to draw (default: as many as images; compare only Frechet distances of equal numbers, few bias them upwards)",
-    )
-    parser.add_argument(
-        "--importance",
-        type=int,
-        default=16,
-        metavar="K",
-        help="latents per image of the importance-weighted bound; the time of K evaluations, 0 leaves it out (default: 16)",
-    )
+    parser.add_argument("--shards", metavar="PLACE", help="folder or URL of the shards (default: those of the run)")
+    parser.add_argument("--split", metavar="NAME", help="split to evaluate on (default: the run's held-out split)")
+    parser.add_argument("--images", type=int, metavar="N", help="maximum number of images (default: all)")
+    parser.add_argument("--samples", type=int, metavar="N", help="number of samples (default: the number of images)")
+    importance = "latents per image of the importance-weighted bound; 0 disables it (default: 16)"
+    parser.add_argument("--importance-samples", type=int, default=16, metavar="K", help=importance)
     parser.add_argument(
         "--features",
         choices=["efficientnet_lite0", "inception", "none"],
         default="efficientnet_lite0",
-        help="network that describes images for the Frechet distance and for precision and recall (default: "
-        "efficientnet_lite0, which needs no download; inception for the FID; none leaves them out)",
+        help="network for Frechet distance, precision and recall; inception gives the FID (default: efficientnet_lite0)",
     )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of that network (default: its own, or downloaded)")
-    parser.add_argument(
-        "--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="auto (default): the best the model has"
-    )
-    parser.add_argument("--steps", type=int, default=25, metavar="K", help="of the flow, from noise to a latent (default: 25)")
-    parser.add_argument("--solver", choices=["heun", "euler"], default="heun", help="of the flow (default: heun)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="scale of the latents (default: 1)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time and process (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all that is drawn (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON, too")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="its weights (default: packaged or downloaded)")
+    parser.add_argument("--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="default: auto, the best")
+    parser.add_argument("--steps", type=int, default=25, metavar="K", help="sampling steps of the flow (default: 25)")
+    parser.add_argument("--solver", choices=["heun", "euler"], default="heun", help="solver of the flow (default: heun)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="scale of the noise (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images per batch and process (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report as JSON")
     return parser
 
 
-@command
+@cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command. `argv` is the command line, by default the process's own."""
+    """Runs the command with the arguments `argv`, by default those of the process."""
     args = _parser().parse_args(argv)
     for name in ("images", "samples", "steps", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    if args.importance < 0 or args.temperature < 0:
-        raise UserError("--importance and --temperature must not be negative")
+    if args.importance_samples < 0 or args.temperature < 0:
+        raise UserError("--importance-samples and --temperature must not be negative")
 
-    from vae_scale.config import TrainConfig
-    from vae_scale.training.evaluation import Processes
-    from vae_scale.training.launching import device_of, start
+    from vae_scale.evaluation.loading import start_command
+    from vae_scale.runtime.launching import get_device
 
-    accelerator = start(TrainConfig(precision="fp32"))  # figures to compare with those of other machines
-    report = _measure(args, device_of(accelerator), Processes.of(accelerator))
+    run, accelerator = start_command(args.run, "fp32")  # results are comparable between machines
+    report = _evaluate(args, run, get_device(accelerator))
     if accelerator.is_main_process:
-        _tell(report, args.json)
+        _print_report(report)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.json, report)
     accelerator.end_training()
 
 
-def _measure(args: argparse.Namespace, device: "torch.device", processes: "Processes") -> dict[str, Any]:
-    """The report; on ranks other than 0 without what needs all samples."""
+def _evaluate(args: argparse.Namespace, run: "LoadedRun", device: "torch.device") -> dict[str, Any]:
+    """Returns the report; metrics of samples are missing on ranks other than 0."""
+    import torch
 
-    from vae_scale.metrics.frechet import Moments, frechet_distance
-    from vae_scale.metrics.neighbours import compare, require
-    from vae_scale.models.vae import VAE, Sampler
-    from vae_scale.training import checkpoint
-    from vae_scale.training.assessment import decoded_features, describe, reference_features
-    from vae_scale.training.evaluation import newest_for_all, open_images
+    from vae_scale.evaluation.evaluator import ExtendedMetrics, evaluate
+    from vae_scale.evaluation.features import extract_reference_features, extract_sample_features
+    from vae_scale.evaluation.frechet import Moments, frechet_distance
+    from vae_scale.evaluation.neighbours import check_set_sizes, compute_prdc
+    from vae_scale.models.vae import SamplingConfig
 
-    folder = newest_for_all(args.run, "--run", processes, device)
-    state, _ = checkpoint.load(folder)
-    model = VAE.from_pretrained(folder, "ema.safetensors").to(device)
-    data = state["config"]["data"]
-    shards = open_images(args.shards, data, model.resolution).select(args.split or data["test"])
+    model, dist = run.model, run.dist
+    shards = run.open_shards(args.shards).select(args.split or run.data["test"])
     images = min(args.images or len(shards), len(shards))
-    samples, sampler = args.samples or images, Sampler(args.steps, args.solver)
-    prior = model.name_prior(args.prior, sampler)  # what cannot be had is told before the long work
+    samples, sampling = args.samples or images, SamplingConfig(args.steps, args.solver)
+    prior = model.describe_prior(args.prior, sampling)  # raises before the long computations
     if args.features != "none":
-        require(images, samples)
+        check_set_sizes(images, samples)
     report: dict[str, Any] = {
-        "checkpoint": str(folder),
-        "images_seen": checkpoint.images_of(folder),
+        "checkpoint": str(run.checkpoint_dir),
+        "images_seen": run.images_seen,
         "shards": shards.location,
         "fingerprint": shards.fingerprint,
         "split": shards.shards[0].split,
         "resolution": model.resolution,
         "images": images,
-        "importance": args.importance,
+        "importance_samples": args.importance_samples,
         "seed": args.seed,
         "features": args.features,
     }
-    extractor, perceptual = _networks(args, device, processes)
-    batch, drawn_batch = (min(args.batch_size, -(-count // processes.ranks)) for count in (images, samples))
-    measured, reconstructions = describe(
-        model, shards, images, batch, args.seed, args.importance, extractor, perceptual, processes
-    )
-    report |= measured
-    if extractor is None or reconstructions is None:
+    extractor, lpips = _load_networks(args, device, dist)
+    reconstructions = Moments(extractor.dimensions if extractor else 0, device)
+
+    def add_features(images: torch.Tensor, weights: torch.Tensor) -> None:
+        if extractor:
+            reconstructions.update(extractor(images), weights)
+
+    batch_size, sample_batch_size = (min(args.batch_size, -(-count // dist.world_size)) for count in (images, samples))
+    extended = ExtendedMetrics(args.importance_samples, lpips, add_features if extractor else None)
+    report |= evaluate(model, shards, images, batch_size, args.seed, dist, extended)
+    if extractor is None:
         return report
     report |= {"samples": samples, "prior": prior, "temperature": args.temperature}
-    reference = reference_features(extractor, shards, images, batch, processes, device)
+    reconstructions.all_reduce(dist.all_reduce_sum)
+    real = extract_reference_features(extractor, shards, images, batch_size, dist, device)
 
-    def draw(numbers: range) -> "torch.Tensor":
-        return model.draw_latents(numbers, args.seed, args.temperature, args.prior, sampler, drawn_batch)
+    def sample_latents(numbers: range) -> torch.Tensor:
+        return model.sample_latents(numbers, args.seed, args.temperature, args.prior, sampling, sample_batch_size)
 
-    drawn = decoded_features(model, extractor, draw, samples, drawn_batch, processes)
-    if reference is not None and drawn is not None:
+    fake = extract_sample_features(model, extractor, sample_latents, samples, sample_batch_size, dist)
+    if real is not None and fake is not None:
+        real, fake = real.to(device), fake.to(device)
         name = "fid" if extractor.name == "inception" else "frechet_distance"
-        reference, drawn = reference.to(device), drawn.to(device)
-        real = Moments.of(reference)
-        report[name] = frechet_distance(Moments.of(drawn), real)
-        report[f"reconstruction_{name}"] = frechet_distance(reconstructions, real)
-        report |= compare(reference, drawn)
+        reference = Moments.from_features(real)
+        report[name] = frechet_distance(Moments.from_features(fake), reference)
+        report[f"reconstruction_{name}"] = frechet_distance(reconstructions, reference)
+        report |= compute_prdc(real, fake)
     return report
 
 
-def _networks(
-    args: argparse.Namespace, device: "torch.device", processes: "Processes"
-) -> "tuple[Extractor | None, Perceptual | None]":
-    """The networks that look at images, as far as they are wanted and there."""
+def _load_networks(
+    args: argparse.Namespace, device: "torch.device", dist: "DistContext"
+) -> "tuple[FeatureExtractor | None, ImageDistance | None]":
     import torch
 
-    from vae_scale.metrics.features import load_extractor
-    from vae_scale.metrics.reconstruction import load_lpips
+    from vae_scale.evaluation.features import load_extractor
+    from vae_scale.evaluation.reconstruction import load_lpips
 
-    extractor = perceptual = None
+    extractor = lpips = None
     if args.features != "none":
-        # One rank after the other would wait for the download of the first; and the others find the file.
-        for rank in (0, 1):
-            if min(processes.rank, 1) == rank:
+        for downloads in (True, False):  # rank 0 downloads the weights, the other ranks load the file afterwards
+            if (dist.rank == 0) == downloads:
                 extractor = load_extractor(args.features, device, args.weights)
-            processes.add_up(torch.zeros((), device=device))
+            dist.all_reduce_sum(torch.zeros((), device=device))
     try:
-        perceptual = load_lpips(device)
+        lpips = load_lpips(device)
     except UserError as error:
-        if processes.rank == 0:
-            print(f"lpips is left out: {error}", flush=True)
-    return extractor, perceptual
+        if dist.rank == 0:
+            print(f"lpips is skipped: {error}", flush=True)
+    return extractor, lpips
 
 
-def _tell(report: dict[str, Any], path: Path | None) -> None:
-    """Prints the report and writes it to `path`."""
-    for name, value in report.items():
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise UserError(f"{report['checkpoint']}: {name} is not finite; the model or its training went wrong")
+def _print_report(report: dict[str, Any]) -> None:
     width = max(map(len, report))
     for name, value in report.items():
-        print(f"{name:<{width}}  {_shown(value)}")
-    fewest = min(report["images"], report.get("samples", FEW))
-    if "samples" in report and fewest < FEW:
-        print(f"Frechet distances of {fewest:,} images are biased upwards: compare only those of the same numbers of images")
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(f"{number:.4g}" for number in value[:8]) + (f" ... ({len(value)})" if len(value) > 8 else "")
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{report['checkpoint']}: {name} is not finite; the model has diverged")
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            text = " ".join(f"{x:.4g}" for x in value[:8]) + (f" ... ({len(value)})" if len(value) > 8 else "")
+        print(f"{name:<{width}}  {text}")
+    count = min(report["images"], report.get("samples", UNBIASED_IMAGES))
+    if "samples" in report and count < UNBIASED_IMAGES:
+        print(f"Frechet distances of {count:,} images are biased upwards: compare only those of equal numbers of images")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""`python -m vae_scale.export --run RUN --out DIR`: writes the decoder and the encoder for use without vae_scale."""
+"""`python -m vae_scale.export --run RUN --out DIR`: exports the decoder and the encoder for use without vae_scale."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vae_scale.errors import UserError, command
+from vae_scale.errors import UserError, cli_main
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vae_scale.export",
-        description="Write the decoder and the encoder of a trained VAE for use without vae_scale.",
+        description="Export the decoder and the encoder of a trained VAE for use without vae_scale.",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
@@ -18,29 +18,27 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=["torch", "onnx", "diffusers"],
         default="torch",
-        help="torch (default): programs for torch.export.load; onnx; diffusers: an AutoencoderKL, from network kl only",
+        help="torch (default): programs for torch.export.load; onnx; diffusers: an AutoencoderKL, for network kl only",
     )
     return parser
 
 
-@command
+@cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command. `argv` is the command line, by default the process's own."""
+    """Runs the command; `argv` defaults to the command line of the process."""
     args = _parser().parse_args(argv)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file; give a folder")
 
-    from vae_scale.models.exporting import export
-    from vae_scale.models.vae import VAE
-    from vae_scale.training import checkpoint
+    from vae_scale.evaluation.loading import load_run
+    from vae_scale.models.exporting import export_model
+    from vae_scale.models.pretrained import AVERAGED_WEIGHTS
 
-    folder = checkpoint.newest_of(args.run, "--run")
-    weights = "ema.safetensors"
-    model = VAE.from_pretrained(folder, weights)
-    source = {"checkpoint": str(folder), "weights": weights, "images_seen": checkpoint.images_of(folder)}
-    parts = export(model, args.out, args.format, source)["parts"]
-    told = ", ".join(f"{name} {part['largest_difference']:.1g}" for name, part in parts.items() if part["batches_compared"])
-    print(f"{args.out}: {args.format}, from {folder}; largest difference from the model: {told or 'not compared'}")
+    run = load_run(args.run)
+    source = {"checkpoint": str(run.checkpoint_dir), "weights": AVERAGED_WEIGHTS, "images_seen": run.images_seen}
+    parts = export_model(run.model, args.out, args.format, source)["parts"]
+    differences = ", ".join(f"{name} {part['max_difference']:.1g}" for name, part in parts.items())
+    print(f"{args.out}: {args.format}, from {run.checkpoint_dir}; maximum difference from the model: {differences}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m vae_scale.pack`: images to WebDataset shards."""
+"""`python -m vae_scale.pack`: packs images into WebDataset shards."""
 
 import argparse
 import os
@@ -6,36 +6,34 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vae_scale.errors import UserError, command
+from vae_scale.errors import UserError, cli_main
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vae_scale.pack",
-        description="Pack images into WebDataset shards that train at memory speed. Run it again to carry on.",
+        description="Pack images into WebDataset shards for training. To resume, run the same command again.",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--source", choices=["stl10", "folder", "photos"], help="what to pack")
-    what.add_argument(
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--source", choices=["stl10", "folder", "photos"], help="images to pack")
+    action.add_argument(
         "--index",
         nargs="+",
         metavar="URLS",
-        help="write the manifest of somebody else's WebDataset: files or URLs with {000..127}, or train=URLS test=URLS",
+        help="write the manifest of an existing WebDataset: files or URLs with {000..127}, or train=URLS test=URLS",
     )
-    what.add_argument("--merge", type=Path, metavar="DIR", help="make one set of the parts in DIR, once all are written")
-    what.add_argument("--verify", metavar="DIR", help="compare packed shards (folder or URL) with their manifest")
-    what.add_argument("--inspect", metavar="DIR", help="print what packed shards (folder or URL) hold; draw some images")
+    action.add_argument("--merge", type=Path, metavar="DIR", help="combine the parts in DIR into one set")
+    action.add_argument("--verify", metavar="DIR", help="compare packed shards (folder or URL) with their manifest")
+    action.add_argument("--inspect", metavar="DIR", help="describe packed shards (folder or URL) and write a contact sheet")
     parser.add_argument(
         "--data",
         type=Path,
         metavar="PATH",
-        help="stl10: folder of the binaries, or stl10_binary.tar.gz; folder: any tree of images; "
+        help="stl10: folder of the binaries, or stl10_binary.tar.gz; folder: tree of images; "
         "photos: where the crops are written (default: OUT/stl10_binary)",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the shards; of index.json, with --index; the PNG, with --inspect"
-    )
-    parser.add_argument("--part", metavar="I/N", help="write only part I of N, on one of N machines; then --merge")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards or of index.json; for --inspect, the PNG")
+    parser.add_argument("--part", metavar="I/N", help="write only part I of N, for packing on N machines; then use --merge")
     parser.add_argument("--splits", metavar="A,B", help="default: all of STL-10; train,test of a folder")
     parser.add_argument(
         "--encoding",
@@ -45,30 +43,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--images-per-shard", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument(
-        "--resolution", type=int, metavar="R", help="side of images of a --source folder (default: 96) or an --index"
+        "--resolution", type=int, metavar="R", help="image size for --source folder (default: 96) and --index, in pixels"
     )
     parser.add_argument(
         "--workers", type=int, default=min(os.cpu_count() or 1, 8), metavar="N", help="threads (default: all cores, at most 8)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="images of each split, at most")
-    parser.add_argument("--download", action="store_true", help="fetch STL-10 (2.6 GB) into --data first")
+    parser.add_argument("--limit", type=int, metavar="N", help="maximum number of images per split")
+    parser.add_argument("--download", action="store_true", help="download STL-10 (2.6 GB) to --data first")
     return parser
 
 
-@command
+@cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command. `argv` is the command line, by default the process's own."""
+    """Runs the command with the arguments `argv`, by default those of the process."""
     args = _parser().parse_args(argv)
     for option in ("images_per_shard", "workers", "limit", "resolution"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')} is {value}; it must be at least 1")
     if args.part and not args.source:
-        raise UserError(f"--part {args.part}: goes with --source only")
+        raise UserError(f"--part {args.part}: requires --source")
     if args.source:
         _pack(args)
     elif args.index is not None:
-        _index(args)
+        from vae_scale.data.indexing import index
+
+        _print_summary(index(args.index, args.out, args.resolution, args.workers), "indexed")
     elif args.merge is not None:
         _merge(args.merge, args.workers)
     elif args.verify is not None:
@@ -78,96 +78,96 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _pack(args: argparse.Namespace) -> None:
-    from vae_scale.data.folder import open_folder
-    from vae_scale.data.packing import Packing, pack
-    from vae_scale.data.parts import WHOLE, Part
-    from vae_scale.data.stl10 import SIDE, download, open_stl10
+    from vae_scale.data.packing import PackOptions, pack
+    from vae_scale.data.parts import Part
 
     if args.out is None:
         raise UserError("--out DIR is missing: the folder of the shards")
-    part = Part.parse(args.part) if args.part else WHOLE
+    part = Part.parse(args.part) if args.part else Part()
     default = "train,test" if args.source == "folder" else "train,unlabeled,test"
     splits = [name.strip() for name in (args.splits or default).split(",") if name.strip()]
     for split in splits:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", split):
-            raise UserError(f"--splits {split}: a name has letters, digits, - and _, at most 64 of them")
+            raise UserError(f"--splits {split}: a name consists of at most 64 letters, digits, - and _")
     if args.source == "folder":
+        from vae_scale.data.folder import open_folder
+
         if args.data is None:
             raise UserError("--data PATH is missing: the folder of images")
-        source = open_folder(args.data, splits, args.resolution or SIDE)
-        name = "".join(letter if letter.isalnum() else "-" for letter in args.data.resolve().name.lower()) or "folder"
+        source = open_folder(args.data, splits, args.resolution or 96)
+        name = re.sub(r"[\W_]", "-", args.data.resolve().name.lower()) or "folder"
     else:
-        if args.resolution not in (None, SIDE):
-            raise UserError(f"--resolution {args.resolution}: STL-10 is {SIDE}x{SIDE}; other sizes go with --source folder")
-        data = args.data
-        if args.source == "photos":
-            from vae_scale.data.photos import write_photos
+        from vae_scale.data.stl10 import open_stl10
 
-            data = data or args.out / "stl10_binary"
-            if part.number > 1 and not data.exists():
-                raise UserError(
-                    f"--part {part}: part 1/{part.count} cuts the photographs to {data}; run it first, or give them with --data"
-                )
-            write_photos(data)
-        elif args.download:
-            data = download(data or args.out.parent)
-        elif data is None:
-            raise UserError("--data PATH is missing: STL-10's folder or archive; or add --download")
-        source, name = open_stl10(data, splits), args.source
-    packing = Packing(name, args.encoding, args.images_per_shard, args.limit)
-    done = pack(source, args.out, packing, args.workers, part)
-    if part != WHOLE:
-        print(f"{args.out}: part {part} {'packed' if done else 'already complete'}; once all are there: --merge {args.out}")
+        source, name = open_stl10(_prepare_stl10(args, part.number == 1), splits), args.source
+    options = PackOptions(name, args.encoding, args.images_per_shard, args.limit)
+    written = pack(source, args.out, options, args.workers, part)
+    if part.count > 1:
+        print(f"{args.out}: part {part} {'packed' if written else 'already complete'}; after the last part: --merge {args.out}")
     else:
-        _tell(args.out, "packed" if done else "already complete:")
+        _print_summary(args.out, "packed" if written else "already complete:")
 
 
-def _index(args: argparse.Namespace) -> None:
-    from vae_scale.data.indexing import index
+def _prepare_stl10(args: argparse.Namespace, is_first_part: bool) -> Path:
+    """Returns the folder or archive of STL-10 or of the photographs, downloaded or written if necessary."""
+    from vae_scale.data.stl10 import SIDE, download
 
-    _tell(index(args.index, args.out, args.resolution, args.workers), "indexed")
+    if args.resolution not in (None, SIDE):
+        raise UserError(f"--resolution {args.resolution}: STL-10 is {SIDE}x{SIDE}; other sizes require --source folder")
+    data: Path | None = args.data
+    if args.source == "photos":
+        from vae_scale.data.photos import write_photos
+
+        data = data or args.out / "stl10_binary"
+        if not is_first_part and not data.exists():
+            raise UserError(f"--part {args.part}: part 1 writes the crops to {data}; run it first, or pass them with --data")
+        write_photos(data)
+    elif args.download:
+        data = download(data or args.out.parent)
+    elif data is None:
+        raise UserError("--data PATH is missing: STL-10's folder or archive; or add --download")
+    return data
 
 
 def _merge(folder: Path, workers: int) -> None:
     from vae_scale.data.parts import merge
 
-    state = "already complete:" if (folder / "index.json").exists() else "merged"
+    status = "already complete:" if (folder / "index.json").exists() else "merged"
     problems = merge(folder, workers)
     for problem in problems:
         print(problem)
     if problems:
         raise UserError(f"{folder}: not merged; see the lines above (problems: {len(problems):,})")
-    _tell(folder, state)
+    _print_summary(folder, status)
 
 
-def _tell(folder: Path, state: str) -> None:
+def _print_summary(folder: Path, status: str) -> None:
     from vae_scale.data.shards import ShardSet
 
     shards = ShardSet.open(folder)
     splits = ", ".join(f"{name} {count:,}" for name, count in shards.splits.items())
-    print(f"{folder}: {state} {len(shards):,} images in {len(shards.shards)} shards ({splits})")
+    print(f"{folder}: {status} {len(shards):,} images in {len(shards.shards)} shards ({splits})")
 
 
 def _verify(location: str, workers: int) -> None:
-    from vae_scale.data.checking import verify
     from vae_scale.data.shards import ShardSet
+    from vae_scale.data.verification import verify
 
     shards = ShardSet.open(location)
-    problems = verify(shards, workers)
-    if problems:
-        raise UserError(f"{shards.location}: not what was packed; see the lines above (problems: {problems:,})")
-    print(f"{shards.location}: {len(shards):,} images in {len(shards.shards)} shards are what was packed")
+    if problems := verify(shards, workers):
+        raise UserError(f"{shards.location}: does not match its manifest; see the lines above (problems: {problems:,})")
+    print(f"{shards.location}: {len(shards):,} images in {len(shards.shards)} shards match the manifest")
 
 
 def _inspect(location: str, out: Path | None) -> None:
-    from vae_scale.data.describing import describe, write_contact_sheet
+    from vae_scale.data.inspection import describe, write_contact_sheet
     from vae_scale.data.shards import ShardSet
 
     shards = ShardSet.open(location)
-    sheet = out or (Path(shards.location) if shards.storage.local else Path()) / "contact_sheet.png"
+    sheet = out or (Path(shards.location) if shards.storage.is_local else Path()) / "contact_sheet.png"
     print(describe(shards))
     write_contact_sheet(shards, sheet)
-    print(f"\nsome of the images: {sheet}")
+    print(f"\ncontact sheet: {sheet}")
 
 
 if __name__ == "__main__":

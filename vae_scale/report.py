@@ -1,26 +1,26 @@
-"""`python -m vae_scale.report RUN [RUN ...]`: one HTML file that shows runs side by side, without any network."""
+"""`python -m vae_scale.report RUN [RUN ...]`: writes one HTML file that compares runs and needs no network."""
 
 import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from vae_scale.errors import UserError, command
+from vae_scale.errors import UserError, cli_main
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vae_scale.report",
-        description="Write a page that shows runs: curves, pictures, configuration and faults, side by side.",
+        description="Write an HTML page that compares runs: curves, images, events and configuration.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: report.html in the first run's folder")
     return parser
 
 
-@command
+@cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command. `argv` is the command line, by default the process's own."""
+    """Runs the command with the command line `argv`, by default that of the process."""
     args = _parser().parse_args(argv)
     out: Path = args.out or args.runs[0] / "report.html"
     if out.suffix.lower() != ".html":
@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not find_spec(package):
             raise UserError(f"report needs {package}: pip install 'vae_scale[report]'")
 
-    from vae_scale.reporting.page import write
-    from vae_scale.reporting.runs import read_runs
+    from vae_scale.tracking.report.page import write_report
+    from vae_scale.tracking.report.runs import read_runs
 
     runs = read_runs(args.runs)
-    write(runs, out)
-    print(f"{out}: {', '.join(run.name for run in runs)}; open it in a browser")
+    write_report(runs, out)
+    print(f"{out}: report of {', '.join(run.name for run in runs)}")
 
 
 if __name__ == "__main__":

@@ -1,66 +1,64 @@
-"""`accelerate launch -m vae_scale.train --config configs/F.yaml`: trains a VAE, or goes on training it."""
+"""`accelerate launch -m vae_scale.train --config configs/F.yaml`: trains a model, or resumes training."""
 
+import os
 from collections.abc import Sequence
 
-from vae_scale.config import Config, as_yaml, check_processes, check_resolution, parse
-from vae_scale.errors import command
+from vae_scale.config.options import Config, to_yaml
+from vae_scale.config.parsing import check_batch_size, check_image_shape, parse
+from vae_scale.errors import cli_main
 
 
-@command
+@cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command. `argv` is the command line, by default the process's own."""
+    """Trains as the command line `argv` says, which defaults to that of the process."""
     config, dry_run = parse(argv)
     if dry_run:
-        _describe(config)
+        _print_description(config)
         return
     from vae_scale.training.trainer import train
 
     train(config)
 
 
-def _describe(config: Config) -> None:
-    """Prints what training would do, without doing it."""
-    import os
-
+def _print_description(config: Config) -> None:
+    """Prints the configuration, the size of the model, memory and steps."""
     import torch
     from torch import nn
 
+    from vae_scale.data.cache import Cache
     from vae_scale.data.shards import ShardSet
-    from vae_scale.data.storage import Cache
-    from vae_scale.models.networks import build
+    from vae_scale.models.networks import build_model
     from vae_scale.models.vae import VAE
-    from vae_scale.training import checkpoint
-    from vae_scale.training.launching import resolve_precision
+    from vae_scale.runtime.checkpoint import require_checkpoint
+    from vae_scale.runtime.launching import resolve_precision
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    auto = config.train.batch_size == "auto"
-    if not auto:
-        check_processes(config, processes)
-    shards = ShardSet.open(config.data.shards, Cache.configured(config.data.cache_dir, config.data.cache_gib))
-    images = len(shards.select(*config.data.train_splits))
-    held_out = len(shards.select(config.data.test))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    steps = "batch size is determined when training starts"
+    if config.train.batch_size != "auto":
+        check_batch_size(config, world_size)
+    shards = ShardSet.open(config.data.shards, Cache.from_options(config.data.cache_dir, config.data.cache_size_gib))
+    train_images, test_images = len(shards.select(*config.data.train_splits)), len(shards.select(config.data.test))
     trained: nn.Module
     if config.prior.vae is None:
-        check_resolution(config.model, shards.image_shape)
+        check_image_shape(config.model, shards.image_shape)
         with torch.device("meta"):
-            model = trained = build(config.model, shards.image_shape[0])
+            model = trained = build_model(config.model, shards.image_shape[0])
     else:
-        model = VAE.from_pretrained(checkpoint.newest_of(config.prior.vae, "prior.vae"), "ema.safetensors")
+        model = VAE.from_pretrained(require_checkpoint(config.prior.vae, "prior.vae"), "ema.safetensors")
         config.model = model.config
-        trained = model.add_flow(config.prior.width, config.prior.depth, config.prior.patch, shards.class_names)
+        trained = model.add_flow(config.prior.width, config.prior.depth, config.prior.patch_size, shards.class_names)
     parameters = sum(parameter.numel() for parameter in trained.parameters())
-    print(as_yaml(config))
+    memory = 5 * 4 * parameters / 2**20  # weights, averaged weights, gradients and two moments in fp32
+    if config.train.batch_size != "auto":
+        batch = config.train.global_batch_size
+        steps = f"{-(-config.train.images // batch):,}, {train_images / batch:,.1f} per epoch, batch size {batch}"
+    print(to_yaml(config))
     print(f"model        {type(trained).__name__}, {parameters:,} parameters, latent {'x'.join(map(str, model.latent_shape))}")
-    # weights, gradients, two moments and the average, all in fp32
-    print(f"memory       {5 * 4 * parameters / 2**20:,.0f} MiB per process for weights and optimizer, besides activations")
-    print(f"images       {images:,} to train on, {held_out:,} held out")
-    if auto:
-        print("steps        as many images each as fit into memory, which is found out when training begins")
-    else:
-        batch = config.train.batch
-        print(f"steps        {images / batch:,.1f} per epoch, {-(-config.train.images // batch):,} in all, {batch} images each")
-    print(f"processes    {processes}, precision {resolve_precision(config.train.precision)}")
-    print(f"run          {config.folder.resolve()}: config.yaml, checkpoints/, samples/, metrics.jsonl")
+    print(f"memory       {memory:,.0f} MiB per process for model and optimizer states, without activations")
+    print(f"images       {train_images:,} for training, {test_images:,} held out")
+    print(f"steps        {steps}")
+    print(f"processes    {world_size}, precision {resolve_precision(config.train.precision)}")
+    print(f"run          {config.run_dir.resolve()}")
 
 
 if __name__ == "__main__":

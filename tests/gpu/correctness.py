@@ -27,8 +27,8 @@ from processes import ROOT, NeedsGPU, Settings, serve, slug
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vae_scale.config import parse
-from vae_scale.training import checkpoint
+from vae_scale.config.parsing import parse
+from vae_scale.runtime import checkpoint
 from vae_scale.training.trainer import Trainer
 
 Result = tuple[str, dict[str, Any]]
@@ -55,13 +55,13 @@ def options(settings: Settings, run: str, steps: int, *more: str) -> list[str]:
         f"--train.images={steps * images}",
         "--train.log_every=1",
         "--optimizer.lr=0.002",
-        "--optimizer.warmup=0",
+        "--optimizer.warmup_images=0",
         "--optimizer.schedule=constant",
         f"--evaluate.every={NEVER}",
         "--evaluate.early=false",
         "--evaluate.images=64",
         "--evaluate.samples=4",
-        "--evaluate.latents=64",
+        "--evaluate.prior_fit_images=64",
         f"--checkpoint.every={NEVER}",
         "--track.tracker=none",
         "--log=json",
@@ -84,9 +84,9 @@ def train(settings: Settings, run: str, steps: int, *more: str) -> dict[int, flo
 def advance(trainer: Trainer, steps: int) -> None:
     """Takes some steps, without a log line."""
     trainer.config.train.log_every = NEVER
-    with closing(trainer._batches()) as batches, trainer._progress():
+    with closing(trainer.batches()) as batches, trainer.progress_bar():
         for images in itertools.islice(batches, steps):
-            trainer._advance(images)
+            trainer.train_iteration(images)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -118,7 +118,7 @@ def largest_difference(run: dict[int, float], other: dict[int, float]) -> float:
 
 def weights(run: Path) -> dict[str, Tensor]:
     """The weights of the newest checkpoint."""
-    folder = checkpoint.newest(run)
+    folder = checkpoint.newest_checkpoint(run)
     assert folder, f"{run}: no checkpoint"
     return load_file(folder / "model.safetensors")
 
@@ -138,10 +138,10 @@ def train_and_resume(precision: str, tolerance: float, settings: Settings) -> Re
     unbroken = train(settings, name, steps, *words)
     fall, run, copied = describe_losses(unbroken), settings.scratch / name, settings.scratch / f"{name}_again"
     shutil.copytree(run, copied)
-    shutil.rmtree(checkpoint.folder_of(copied, steps * batch(settings)))
+    shutil.rmtree(checkpoint.checkpoint_folder(copied, steps * batch(settings)))
     resumed = train(settings, copied.name, steps, *words)
-    difference, theirs = largest_difference(resumed, unbroken), weights(run)
-    same = not difference and all(torch.equal(ours, theirs[name]) for name, ours in weights(copied).items())
+    difference, expected = largest_difference(resumed, unbroken), weights(run)
+    same = not difference and all(torch.equal(value, expected[name]) for name, value in weights(copied).items())
     assert difference <= tolerance, f"a resumed run differs by {difference:.1e}, more than {tolerance:.0e}"
     summary = "resumed bit-identically" if same else f"resumed with a relative difference of {difference:.1e}"
     return f"{fall}; {summary}", {"bit_identical": same, "largest_relative_difference": difference}
@@ -150,7 +150,7 @@ def train_and_resume(precision: str, tolerance: float, settings: Settings) -> Re
 def skipped_steps(settings: Settings) -> Result:
     """Steps whose gradient is too long change nothing."""
     precision = "fp32" if settings.rehearse else "fp16"
-    trainer = make_trainer(settings, "skip", 100, f"--train.precision={precision}", "--optimizer.skip=1e-6", OFF)
+    trainer = make_trainer(settings, "skip", 100, f"--train.precision={precision}", "--optimizer.skip_threshold=1e-6", OFF)
 
     def state() -> dict[str, Tensor]:
         parts = {"model": trainer.model, "ema": trainer.ema.model}
@@ -167,16 +167,22 @@ def adversarial(settings: Settings) -> Result:
     """Losses and weights are finite before and after the discriminator has an effect on the decoder."""
     precision, steps = "fp32" if settings.rehearse else "fp16", 2 * SHORT
     start = steps // 2 * batch(settings)
-    words = ["--objective.adversarial=0.5", "--objective.perceptual=0.5", "--objective.critic_width=8"]
-    train(settings, "adversarial", steps, *words, f"--objective.critic_start={start}", f"--train.precision={precision}")
+    words = [
+        "--objective.adversarial_weight=0.5",
+        "--objective.feature_matching_weight=0.5",
+        "--objective.discriminator_width=8",
+    ]
+    train(settings, "adversarial", steps, *words, f"--objective.discriminator_start={start}", f"--train.precision={precision}")
     lines = metrics(settings.scratch / "adversarial")
-    finite = all(math.isfinite(line[key]) for line in lines for key in ("train/loss", "train/critic_loss", "train/grad_norm"))
+    finite = all(
+        math.isfinite(line[key]) for line in lines for key in ("train/loss", "train/discriminator_loss", "train/grad_norm")
+    )
     before, after = sum(line["images"] <= start for line in lines), sum(line["images"] > start for line in lines)
     assert finite, "a loss or a gradient norm is not finite"
-    assert min(before, after) > 0, f"steps taken: {before} before objective.critic_start, {after} after it"
+    assert min(before, after) > 0, f"steps taken: {before} before objective.discriminator_start, {after} after it"
     unsound = [name for name, value in weights(settings.scratch / "adversarial").items() if not value.isfinite().all()]
     assert not unsound, f"not finite: {', '.join(unsound[:5])}"
-    return f"{before} steps taken before critic_start, {after} of {steps // 2} after it, {precision}", {}
+    return f"{before} steps taken before discriminator_start, {after} of {steps // 2} after it, {precision}", {}
 
 
 def same_losses(option: str, first: str, second: str, settings: Settings) -> Result:
@@ -192,7 +198,7 @@ def same_losses(option: str, first: str, second: str, settings: Settings) -> Res
 def auto_batch_size(settings: Settings) -> Result:
     """A run finds its batch size, which a small set limits, and trains with it."""
     trainer = make_trainer(settings, "auto", 1, "--train.batch_size=auto", OFF)
-    size = trainer.config.train.batch
+    size = trainer.config.train.global_batch_size
     trainer.config.train.images = 3 * size
     trainer.run()
     values = losses(settings.scratch / "auto")
@@ -218,9 +224,9 @@ def distributed(sharded: bool, settings: Settings) -> Result:
     set_up_process_group(**({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}))
     name, kind = ("fsdp2", FSDPModule) if sharded else ("ddp", DistributedDataParallel)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        trainer = make_trainer(settings, name, SHORT, "--train.accumulation=2")
-        backend, wanted = torch.distributed.get_backend(), "gloo" if settings.rehearse else "nccl"
-        assert wanted in backend, f"the backend is {backend}, not {wanted}"
+        trainer = make_trainer(settings, name, SHORT, "--train.gradient_accumulation_steps=2")
+        backend, expected = torch.distributed.get_backend(), "gloo" if settings.rehearse else "nccl"
+        assert expected in backend, f"the backend is {backend}, not {expected}"
         assert isinstance(trainer.objective, kind), f"the objective is a {type(trainer.objective).__name__}"
         trainer.run()
     return f"{describe_losses(losses(settings.scratch / name))}; {backend}, accumulation 2", {"backend": backend}
@@ -264,9 +270,9 @@ def stop_by_signal(settings: Settings) -> Result:
         process.kill()
     seconds = time.monotonic() - begin
     assert code == 0, f"exit status {code}"
-    folder = checkpoint.newest(run)
+    folder = checkpoint.newest_checkpoint(run)
     assert folder, "no checkpoint was saved"
-    saved = checkpoint.images_of(folder)
+    saved = checkpoint.images_seen_at(folder)
     trainer = make_trainer(settings, "sigterm", saved // batch(settings) + 2, OFF)
     assert trainer.images_seen == saved, f"resumed at {trainer.images_seen:,} images, not {saved:,}"
     trainer.run()
@@ -279,16 +285,16 @@ def no_synchronization(settings: Settings) -> Result:
     require_gpu(settings)
     trainer = make_trainer(settings, "synchronization", 10**6)
     advance(trainer, 8)  # compiles
-    with closing(trainer._batches()) as batches, trainer._progress(), warnings.catch_warnings(record=True) as found:
+    with closing(trainer.batches()) as batches, trainer.progress_bar(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for number, images in enumerate(itertools.islice(batches, 28)):
             if number == 8:  # the stream has its buffers, and what is read some steps later is on its way
                 torch.cuda.synchronize()
                 torch.cuda.set_sync_debug_mode("warn")
-            trainer._advance(images)
+            trainer.train_iteration(images)
         torch.cuda.set_sync_debug_mode("default")
     places = Counter(
-        f"{Path(each.filename).name}:{each.lineno}" for each in found if "called a synchronizing" in str(each.message)
+        f"{Path(each.filename).name}:{each.lineno}" for each in caught if "called a synchronizing" in str(each.message)
     )
     assert not places, f"in 20 steps, at {', '.join(f'{place} ({count} times)' for place, count in places.most_common())}"
     return "none in 20 steps", {"synchronizations": 0}
@@ -314,7 +320,7 @@ def same_step(settings: Settings) -> Result:
         loss.backward()
         squares = sum(part.grad.double().square().sum() for part in objective.parameters() if part.grad is not None)
         figures.append((float(loss.detach()), math.sqrt(float(squares))))
-    loss, gradient = (abs(ours - theirs) / abs(theirs) for theirs, ours in zip(*figures, strict=True))
+    loss, gradient = (abs(value - expected) / abs(expected) for expected, value in zip(*figures, strict=True))
     assert loss <= 1e-4, f"the losses differ by {loss:.1e}"
     assert gradient <= 1e-3, f"the gradients' norms differ by {gradient:.1e}"
     return f"relative difference {loss:.1e} of the loss, {gradient:.1e} of the gradient's norm", {}
@@ -370,7 +376,7 @@ CHECKS: dict[str, Callable[[Settings], Result]] = {
     "no host synchronization between log lines": no_synchronization,
     "one step, CPU and GPU": same_step,
     "discriminator in fp16": adversarial,
-    "optimizer.skip in fp16": skipped_steps,
+    "optimizer.skip_threshold in fp16": skipped_steps,
     "graphs of the compiled objective": compiled_graphs,
     "train and resume, fp32": partial(train_and_resume, "fp32", 1e-3),
     "train and resume, tf32": partial(train_and_resume, "tf32", 1e-3),

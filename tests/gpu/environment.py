@@ -32,9 +32,10 @@ def hardware(settings: Settings) -> tuple[str, dict[str, Any]]:
         values |= dict(zip(QUERY, (part.strip() for part in line.split(",")), strict=True))
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         pass  # not everybody may ask
-    shown = {"torch": values["torch"], "CUDA": values["cuda"], "cuDNN": values["cudnn"], "driver": values.get("driver_version")}
+    names = {"torch": "torch", "CUDA": "cuda", "cuDNN": "cudnn", "driver": "driver_version"}
+    summary = {name: values.get(key) for name, key in names.items()}
     clocks = f", {values['clocks.sm']} of {values['clocks.max.sm']}, {values['power.limit']}" if "clocks.sm" in values else ""
-    versions = ", ".join(f"{name} {value}" for name, value in shown.items() if value)
+    versions = ", ".join(f"{name} {value}" for name, value in summary.items() if value)
     memory = f"{values['memory'] / 2**30:.0f} GiB"
     return f"{values.get('gpu', 'no GPU')}{clocks}; {versions}; {values['cpu']}, {values['cores']} cores, {memory}", values
 

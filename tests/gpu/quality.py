@@ -23,10 +23,15 @@ LATE, SAVING, LEAST = 4.0, 8.0, 60.0  # until a training is stopped, until it is
 CALIBRATION = 2.0  # seconds of steps that tell how many images fit into the time
 SAMPLES, SHOWN, NEAREST, COMPARED_SIDE = 64, 16, 5, 16
 LATENT_SIDES = range(8, 13)
-SHOWN_METRICS = {"psnr_db": "PSNR {:.2f} dB", "bits_per_dim": "{:.3f} bits/dim", "ssim": "SSIM {:.3f}"}
+SHOWN_METRICS = {"psnr": "PSNR {:.2f} dB", "bits_per_dim": "{:.3f} bits/dim", "ssim": "SSIM {:.3f}"}
 SHOWN_METRICS |= {"velocity_error": "velocity error {:.4f}", "frechet_distance": "Frechet distance {:.1f} (EfficientNet-Lite0)"}
-COMMON = ["--train.batch_size=256", "--optimizer.warmup=20000", "--evaluate.latents=2000", "--evaluate.images=1000"]
-TINY = ["--train.batch_size=8", "--optimizer.warmup=64", "--evaluate.latents=32", "--evaluate.images=32"]
+COMMON = [
+    "--train.batch_size=256",
+    "--optimizer.warmup_images=20000",
+    "--evaluate.prior_fit_images=2000",
+    "--evaluate.images=1000",
+]
+TINY = ["--train.batch_size=8", "--optimizer.warmup_images=64", "--evaluate.prior_fit_images=32", "--evaluate.images=32"]
 
 
 def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
@@ -45,13 +50,13 @@ def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
     if not trained:
         return
 
-    drawn, found = settings.scratch / "drawn", settings.scratch / "metrics.json"
+    drawn, report = settings.scratch / "drawn", settings.scratch / "metrics.json"
     features = "efficientnet_lite0" if has("efficientnet_lite_pytorch") and not settings.rehearse else "none"
     model, sample = f"--run={trained[-1]}", ["sample", f"--steps={2 if settings.rehearse else 25}"]
     commands = {
         "samples.png": [*sample, model, f"--num={SAMPLES}", f"--save-images={drawn}", f"--out={out / 'samples.png'}"],
         "reconstructions.png": [*sample, model, "--num=32", "--reconstruct", f"--out={out / 'reconstructions.png'}"],
-        METRICS: ["evaluate", model, "--images=2000", "--importance=0", f"--features={features}", f"--json={found}"],
+        METRICS: ["evaluate", model, "--images=2000", "--importance-samples=0", f"--features={features}", f"--json={report}"],
     }
     if has("plotly") and has("jinja2"):
         commands["report.html"] = ["report", *trained, f"--out={out / 'report.html'}"]
@@ -62,9 +67,9 @@ def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
 
     def record_metrics(entry: Entry) -> None:
         if entry.name == METRICS and entry.status == "passed":
-            entry.values = json.loads(found.read_text())
-            shown = (text.format(entry.values[name]) for name, text in SHOWN_METRICS.items() if name in entry.values)
-            entry.detail = f"{', '.join(shown)}; {entry.values['images']:,} images of {entry.values['split']}"
+            entry.values = json.loads(report.read_text())
+            metrics = (text.format(entry.values[name]) for name, text in SHOWN_METRICS.items() if name in entry.values)
+            entry.detail = f"{', '.join(metrics)}; {entry.values['images']:,} images of {entry.values['split']}"
         record(entry)
 
     runner.run_all(tasks, 2 if settings.rehearse else 4, deadline, record_metrics)
@@ -85,33 +90,33 @@ def options(name: str, settings: Settings, purpose: str = "quality") -> list[str
     words += ["--track.tracker=none", "--log=json", "--evaluate.early=false", *(TINY if settings.rehearse else COMMON)]
     words += [f"--{key}={NEVER}" for key in ("train.log_every", "train.images", "evaluate.every", "checkpoint.every")]
     if name == FLOW:
-        words += [f"--prior.vae={settings.scratch / f'{purpose}_{VAE}'}", "--optimizer.lr=0.0005", "--train.ema=0.995"]
-        return [*words, *(["--prior.width=64", "--prior.depth=1", "--prior.patch=2"] if settings.rehearse else [])]
-    words += ["--optimizer.lr=0.001", "--train.ema=0.99"]
+        words += [f"--prior.vae={settings.scratch / f'{purpose}_{VAE}'}", "--optimizer.lr=0.0005", "--train.ema_decay=0.995"]
+        return [*words, *(["--prior.width=64", "--prior.depth=1", "--prior.patch_size=2"] if settings.rehearse else [])]
+    words += ["--optimizer.lr=0.001", "--train.ema_decay=0.99"]
     if settings.rehearse:
         return [*words, "--model.preset=tiny", "--model.width=16"]
     side = ShardSet.open(str(settings.images)).image_shape[0]
     patch = next((patch for patch in (2, 1, 4) if side % (4 * patch) == 0 and side // (4 * patch) in LATENT_SIDES), 2)
-    return [*words, "--model.preset=base", f"--model.patch={patch}"]
+    return [*words, "--model.preset=base", f"--model.patch_size={patch}"]
 
 
 def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
     """Trains until the time is over: the schedule's last image comes just then."""
-    from vae_scale.benchmark.measuring import synchronise
-    from vae_scale.config import parse
+    from vae_scale.benchmark.measuring import synchronize
+    from vae_scale.config.parsing import parse
     from vae_scale.training.trainer import Trainer
 
     plan = json.loads((settings.scratch / PLAN).read_text())
     trainer = Trainer(parse(options(name, settings))[0])
     train, calibration = trainer.config.train, 0.5 if settings.rehearse else CALIBRATION
-    with closing(trainer._batches()) as batches, trainer._progress():
+    with closing(trainer.batches()) as batches, trainer.progress_bar():
 
         def seconds(steps: int) -> float:
-            synchronise(trainer.device)
+            synchronize(trainer.device)
             begin = time.perf_counter()
             for images in islice(batches, steps):
-                trainer._advance(images)
-            synchronise(trainer.device)
+                trainer.train_iteration(images)
+            synchronize(trainer.device)
             return time.perf_counter() - begin
 
         seconds(3)  # compiles
@@ -121,15 +126,15 @@ def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
             steps += 5
     speed = steps / spent
     left = plan["ends"][name] - time.time() - (1.0 if settings.rehearse else TAIL)
-    train.images = trainer.images_seen + max(1, int(0.95 * left * speed)) * train.batch
+    train.images = trainer.images_seen + max(1, int(0.95 * left * speed)) * train.global_batch_size
     train.log_every = 5 if settings.rehearse else 50
     begin = time.perf_counter()
     trainer.run()
-    lines = [json.loads(line) for line in (trainer.config.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()]
     held_out = {key: value for line in lines for key, value in line.items() if key.startswith("eval/")}
     values = {key: value for key, value in held_out.items() if isinstance(value, float)}
     texts = [text.format(values[f"eval/{key}"]) for key, text in SHOWN_METRICS.items() if f"eval/{key}" in values]
-    values |= {"images": trainer.images_seen, "images_per_second": speed * train.batch}
+    values |= {"images": trainer.images_seen, "images_per_second": speed * train.global_batch_size}
     spent = time.perf_counter() - begin
     summary = f"held out: {', '.join(texts)}" if texts else "stopped at its time limit, before the evaluation"
     return f"{trainer.images_seen:,} images in {spent:.0f} s after compilation; {summary}", values
@@ -144,7 +149,7 @@ def neighbours(settings: Settings) -> tuple[str, dict[str, Any]]:
     from torch.nn.functional import interpolate
 
     from vae_scale.data.shards import ShardSet
-    from vae_scale.training.pictures import save_grid
+    from vae_scale.evaluation.image_grids import save_grid
 
     plan = json.loads((settings.scratch / PLAN).read_text())
     device = "cpu" if settings.rehearse else "cuda"
@@ -157,9 +162,9 @@ def neighbours(settings: Settings) -> tuple[str, dict[str, Any]]:
         return interpolate(pixels, (COMPARED_SIDE, COMPARED_SIDE), mode="area").flatten(1)
 
     chunks = np.array_split(np.arange(len(seen)), -(-len(seen) // 4096))
-    distances = torch.cdist(reduce(drawn), torch.cat([reduce(seen.images(rows)) for rows in chunks]))
+    distances = torch.cdist(reduce(drawn), torch.cat([reduce(seen.load_images(rows)) for rows in chunks]))
     nearest = distances.topk(min(NEAREST, len(seen)), largest=False).indices.cpu().numpy()
-    rows = [np.concatenate([image[None], seen.images(found)]) for image, found in zip(drawn, nearest, strict=True)]
+    rows = [np.concatenate([image[None], seen.load_images(neighbors)]) for image, neighbors in zip(drawn, nearest, strict=True)]
     save_grid(np.concatenate(rows), Path(plan["out"]) / NEIGHBOURS, nearest.shape[1] + 1)
     rms = float(distances.amin(1).mean()) / (3 * COMPARED_SIDE**2) ** 0.5
     return f"nearest of {len(seen):,} training images at {COMPARED_SIDE}x{COMPARED_SIDE} pixels, {rms:.1f} grey levels away", {}

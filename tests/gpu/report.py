@@ -71,8 +71,8 @@ class Results:
 
     def value(self, name: str, key: str) -> float | None:
         """A figure of the entry `name`, or None."""
-        found = [entry.values.get(key) for entries in self.entries.values() for entry in entries if entry.name == name]
-        return found[0] if found and isinstance(found[0], (int, float)) else None
+        values = [entry.values.get(key) for entries in self.entries.values() for entry in entries if entry.name == name]
+        return values[0] if values and isinstance(values[0], (int, float)) else None
 
     def _markdown(self) -> str:
         environment = [f"- {entry.name}: {entry.detail or entry.status}" for entry in self.entries["environment"]]

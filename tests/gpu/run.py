@@ -2,7 +2,7 @@
 
 Stages: the machine, correctness, speed, and quality, which gets the time that is left. Every check and every measurement is a
 process of its own with a time limit, and `results.json` and `RESULTS.md` are rewritten after each, so a run that is cut short
-leaves what it found. `--rehearse` does the same in a small way on a CPU. Exit status: 0, 1 if anything failed, 2 without a GPU.
+leaves its results. `--rehearse` runs everything in tiny sizes on a CPU. Exit status: 0, 1 if anything failed, 2 without a GPU.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,15 +25,20 @@ from torch._dynamo.callback import callback_handler
 from vae_scale import bench
 from vae_scale.benchmark import measuring
 from vae_scale.benchmark import training as benchmark
-from vae_scale.config import Config, parse
+from vae_scale.config.options import Config
+from vae_scale.config.parsing import parse
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
+from vae_scale.evaluation.encoding import encode_shards
+from vae_scale.evaluation.sampling import sample_images
 from vae_scale.models import blocks
-from vae_scale.models.networks import build
-from vae_scale.models.vae import VAE, Sampler
-from vae_scale.training.encoding import encode_shards
-from vae_scale.training.sampling import draw_images
+from vae_scale.models.networks import build_model
+from vae_scale.models.vae import VAE, SamplingConfig
 from vae_scale.training.trainer import Trainer
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import compare_trainers
 
 Result = tuple[str, dict[str, Any]]
 NEVER = 10**9  # images
@@ -84,18 +90,22 @@ def configuration(settings: Settings, config: str, batch: int, *more: str) -> Co
 
 
 def run_bench(settings: Settings, verb: str, name: str, words: list[str], repeats: int, *more: str) -> dict[str, Any]:
-    """The report of `python -m vae_scale.bench VERB`."""
+    """The report of `python -m vae_scale.bench VERB`, or of `tests/benchmarks/compare_trainers.py`."""
     report = settings.scratch / f"{slug(name)}.bench.json"
     benchmark.SECONDS, measuring.CEILING_SECONDS = (0.05, 0.02) if settings.rehearse else (2.0, 0.1)
     if settings.rehearse:
         measuring.SIZES, repeats = {"cpu": (256,)}, 1
     try:
         with exclusive_device(settings):
-            bench.main([verb, *words, f"--repeats={repeats}", f"--json={report}", *more])
+            command = [*words, f"--repeats={repeats}", f"--json={report}", *more]
+            if verb == "compare":
+                compare_trainers.main(command)
+            else:
+                bench.main([verb, *command])
     except SystemExit as error:
         raise RuntimeError(f"bench {verb} ends with exit status {error.code}") from None
-    found: dict[str, Any] = json.loads(report.read_text())
-    return found
+    figures: dict[str, Any] = json.loads(report.read_text())
+    return figures
 
 
 def figures(report: dict[str, Any], row: str) -> dict[str, Any]:
@@ -181,7 +191,7 @@ def peers(config: str, batch: int, families: str, settings: Settings, *more: str
     if settings.rehearse and "kl" in config:
         raise Skip("too slow for a rehearsal")
     words = options(settings, "stl10", batch, *more)
-    report = run_bench(settings, "train", f"peers_{config}", words, 1, f"--peers={families}")
+    report = run_bench(settings, "compare", f"peers_{config}", words, 1, f"--peers={families}")
     values = figures(report, benchmark.TRAIN)
     values["loops"] = {row["name"]: row["runs"] for row in report["rows"]}
     ratios = {name: ratio for name, ratio in report["ratios"].items() if name.startswith("over_")}
@@ -194,8 +204,8 @@ def untrained(settings: Settings) -> VAE:
     config = configuration(settings, "stl10", 256)
     prior = parse(["--config=configs/stl10_prior.yaml", *(TINY_FLOW if settings.rehearse else [])])[0].prior
     torch.manual_seed(0)
-    model = build(config.model, 96)
-    model.add_flow(prior.width, prior.depth, prior.patch, [str(number) for number in range(10)])
+    model = build_model(config.model, 96)
+    model.add_flow(prior.width, prior.depth, prior.patch_size, [str(number) for number in range(10)])
     for parameter in model.parameters():  # some are zero at the start
         nn.init.normal_(parameter, std=0.02)
     device = "cpu" if settings.rehearse else "cuda"
@@ -213,14 +223,14 @@ def sampling(settings: Settings) -> Result:
     speeds, steps = {}, 2 if settings.rehearse else 25
     with exclusive_device(settings), autocast(settings):
         for solver in ("heun", "euler"):
-            sampler = Sampler(steps, solver)
+            sampling = SamplingConfig(steps, solver)
 
-            def draw(numbers: range, sampler: Sampler = sampler) -> torch.Tensor:
-                return model.draw_latents(numbers, 0, 1.0, "flow", sampler, batch)
+            def draw(numbers: range, sampling: SamplingConfig = sampling) -> torch.Tensor:
+                return model.sample_latents(numbers, 0, 1.0, "flow", sampling, batch)
 
-            draw_images(model, draw, batch, batch, 0, compiled=not settings.rehearse and solver == "heun")
+            sample_images(model, draw, batch, batch, 0, compiled=not settings.rehearse and solver == "heun")
             begin = time.perf_counter()
-            draw_images(model, draw, rounds * batch, batch, 0)  # compiled by now; pictures end in the host's memory
+            sample_images(model, draw, rounds * batch, batch, 0)  # compiled by now; pictures end in the host's memory
             speeds[solver] = rounds * batch / (time.perf_counter() - begin)
     summary = f"{steps} steps of Heun's method, batches of {batch}; {speeds['euler']:,.0f} images/s with Euler's"
     return summary, {"images_per_second": speeds["heun"], "euler_images_per_second": speeds["euler"]}
@@ -245,35 +255,36 @@ def evaluation(settings: Settings) -> Result:
     interval = config.evaluate.every
     config.evaluate.every = config.checkpoint.every = config.train.images = NEVER
     if settings.rehearse:
-        config.evaluate.images, config.evaluate.latents = 16, 16
+        config.evaluate.images, config.evaluate.prior_fit_images = 16, 16
     subject, repeats = Trainer(config), 2 if settings.rehearse else 30
-    with exclusive_device(settings), closing(subject._batches()) as batches, subject._progress():
-        subject._begin_interval()
+    with exclusive_device(settings), closing(subject.batches()) as batches, subject.progress_bar():
+        subject.start_interval()
 
         def seconds(steps: int) -> float:
-            measuring.synchronise(subject.device)
+            measuring.synchronize(subject.device)
             begin = time.perf_counter()
             for images in itertools.islice(batches, steps):
-                subject._advance(images)
-            measuring.synchronise(subject.device)
+                subject.train_iteration(images)
+            measuring.synchronize(subject.device)
             return time.perf_counter() - begin
 
         seconds(3)
         each = seconds(repeats) / repeats
-        found = {}
+        durations = {}
         for name, section in (("evaluation", config.evaluate), ("checkpoint", config.checkpoint)):
             section.every = 1  # due after each step
             seconds(1)  # the first has kernels to load
             subject.writer.wait()
-            found[name] = max(0.0, seconds(1) - each)
+            durations[name] = max(0.0, seconds(1) - each)
             section.every = NEVER
         subject.writer.wait()
-    size = config.train.batch
-    values: dict[str, Any] = {f"{name}_seconds": spent for name, spent in found.items()}
+    size = config.train.global_batch_size
+    values: dict[str, Any] = {f"{name}_seconds": spent for name, spent in durations.items()}
     for gpus in (1, 8):  # as if no part of it were shared by 8
         training = interval / size * each / gpus
-        values[f"share_{gpus}_gpu"] = found["evaluation"] / (found["evaluation"] + training)
-    summary = f"{found['evaluation']:.2f} s, a checkpoint with its mixture {found['checkpoint']:.2f} s; an evaluation is "
+        values[f"share_{gpus}_gpu"] = durations["evaluation"] / (durations["evaluation"] + training)
+    summary = f"{durations['evaluation']:.2f} s, a checkpoint with its mixture {durations['checkpoint']:.2f} s; an evaluation "
+    summary += "is "
     summary += f"{values['share_1_gpu']:.2%} of a run on 1 GPU, at most {values['share_8_gpu']:.2%} on 8"
     return summary, values
 
@@ -282,11 +293,11 @@ def compilation(settings: Settings) -> Result:
     """Seconds until the first steps of a VAE and of its flow are done. The last stage finds them compiled."""
     seconds = {}
     for name in (quality.VAE, quality.FLOW):
-        words = [*quality.options(name, settings, "compiled"), "--evaluate.images=64", "--evaluate.latents=64"]
+        words = [*quality.options(name, settings, "compiled"), "--evaluate.images=64", "--evaluate.prior_fit_images=64"]
         begin = time.perf_counter()
         with exclusive_device(settings):
             trainer = Trainer(parse(words)[0])
-            trainer.config.train.images = 2 * trainer.config.train.batch
+            trainer.config.train.images = 2 * trainer.config.train.global_batch_size
             trainer.run()
         seconds[name] = time.perf_counter() - begin
         reset_state()

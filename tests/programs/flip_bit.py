@@ -1,4 +1,4 @@
-"""Trains as `python -m vae_scale.train` does, but flips one bit of a weight of rank 1 in the step after 24 images."""
+"""Runs `vae_scale.train` and flips one bit of a weight of rank 1 in the step after 24 images."""
 
 import sys
 
@@ -9,15 +9,15 @@ from vae_scale.data.stream import Batch
 from vae_scale.training.trainer import Trainer
 
 
-class Faulty(Trainer):
-    """A trainer on a machine whose memory fails."""
+class FaultyTrainer(Trainer):
+    """Simulates a memory fault."""
 
-    def _step(self, batch: Batch) -> None:
-        super()._step(batch)
-        if self.rank == 1 and self.images_seen == 24:
+    def train_step(self, batch: Batch) -> None:
+        super().train_step(batch)
+        if self.rank == 1 and self.images_seen == 36:
             weight = next(self.model.parameters()).detach().view(torch.int32)
             weight[(0,) * weight.ndim] ^= 1
 
 
-sys.modules["vae_scale.training.trainer"].Trainer = Faulty  # type: ignore[attr-defined]
+sys.modules["vae_scale.training.trainer"].Trainer = FaultyTrainer  # type: ignore[attr-defined]
 train.main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Trains as `python -m vae_scale.train` does, and writes down which images each process was given."""
+"""Runs `vae_scale.train` and records the rows of each batch in $RECORD_DIR, one file per rank."""
 
 import json
 import os
@@ -8,19 +8,19 @@ from pathlib import Path
 
 from vae_scale import train
 from vae_scale.data.stream import Batch, Stream
-from vae_scale.training import trainer
+from vae_scale.training import setup
 
 
-class Recording(Stream):
-    """A stream that keeps a diary."""
+class RecordingStream(Stream):
+    """Writes the rows of each batch as a line of JSON."""
 
     def __iter__(self) -> Iterator[Batch]:
-        diary = Path(os.environ["DIARY"]) / f"rank_{self._rank}_of_{self._ranks}.jsonl"
-        with diary.open("a") as file:
+        path = Path(os.environ["RECORD_DIR"]) / f"rank_{self._rank}_of_{self._world_size}.jsonl"
+        with path.open("a") as file:
             for batch in super().__iter__():
                 print(json.dumps(batch.rows.tolist()), file=file, flush=True)
                 yield batch
 
 
-trainer.Stream = Recording  # type: ignore[misc]
+setup.Stream = RecordingStream  # type: ignore[misc]
 train.main(sys.argv[1:])

@@ -1,1 +1,1 @@
-"""Measurements against what else a user could pick."""
+"""Measurements of `python -m vae_scale.bench`."""

@@ -1,100 +1,84 @@
-"""How fast images come: the machine's limit, our stream, what else one could use; and how well windows shuffle."""
+"""How fast images are loaded: the machine's limit, the stream, webdataset and torchvision."""
 
-import functools
-import hashlib
 import itertools
 import math
 import mmap
-import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
-from vae_scale.benchmark.data_peers import Peer, peers
 from vae_scale.benchmark.measuring import Row, alternate
 from vae_scale.data.images import Images
-from vae_scale.data.packing import Packing, Source, pack
-from vae_scale.data.plan import Plan, Rows
 from vae_scale.data.shards import ShardSet
+from vae_scale.data.stl10 import SIDE, write_binaries
 from vae_scale.data.stream import Stream
 from vae_scale.errors import UserError
 
-SECONDS = 1.0  # of a run that has no end of its own
-BUFFERS = 6  # as many as the stream fills in turn
-OURS = "vae_scale"
-COMPACT = ("png", "jpg")
-COMPACT_WINDOW = 4  # shards
-EPOCHS = 5  # of a run with compact shards, which ends with windows decoded that nobody reads
-JPEG_DIFFERENCE = 3.0  # mean absolute difference, of 255
+SECONDS = 1.0  # duration of a run
+NUM_BUFFERS = 6  # as many as the stream uses in turn
 LIMIT = "random copies from memory"
 
-Tasks = dict[str, Callable[[], float]]  # each gives images per second
+Tasks = dict[str, Callable[[], float]]  # each returns images per second
 
 
 @dataclass
-class Report:
-    """What was found.
+class DataReport:
+    """Throughput of loading images.
 
     Attributes:
-        rows: All ways to get images, ours and others'.
-        ratios: By name; 1 is equal speed.
-        first_batch_seconds: From opening the set to its first batch.
-        memory_bytes: By how much memory grew while windows of two shards were streamed.
-        missing: Peers that cannot be had here, and why.
+        rows: Images per second of each way to load them.
+        ratios: `of_gather_limit`, the stream over the fastest random copy from memory; `over_webdataset`, `over_torchvision`.
+        first_batch_seconds: From opening the shards to the first batch.
+        memory_bytes: Growth of resident memory while streaming with a shuffle window of two shards.
     """
 
     rows: list[Row]
     ratios: dict[str, float]
     first_batch_seconds: float
     memory_bytes: int
-    missing: dict[str, str]
 
 
-def measure(shards: ShardSet, batch: int, repeats: int, scratch: Path | None) -> Report:
-    """Measures how fast batches of a set come. What is in them is compared with the set before anything is timed.
+def measure(shards: ShardSet, batch: int, repeats: int) -> DataReport:
+    """Measures how fast batches are loaded from shards, by the stream and by webdataset and torchvision.
 
     Args:
-        shards: What to read.
-        batch: Images of a batch.
-        repeats: Runs of each way to read, of which the median counts.
-        scratch: Where the formats of peers are written; None to leave peers out.
+        shards: What is read. torchvision's STL10 is measured on images of 96x96 only, webdataset on local shards only.
+        batch: Images per batch.
+        repeats: Runs of each, of which the median is used.
 
     Raises:
-        UserError: there are too few images, or somebody's batches do not hold the right images.
+        UserError: there are fewer than two batches of images.
     """
     if len(shards) < 2 * batch:
         raise UserError(f"{shards.location}: {len(shards):,} images are too few to measure batches of {batch}")
-    first_batch_seconds, memory_bytes = _start(shards, batch)
-    images = shards.images(np.arange(len(shards)))
-    sets = [shards]
-    if scratch and shards.encoding == "npy":
-        sets += [_packed(images, scratch, encoding) for encoding in COMPACT]
-    tasks = _limits(images, batch)
-    for found in sets:
-        # A set that is lossy itself gives what it holds, and so exactly `images`.
-        _verify_ours(found, images, batch, JPEG_DIFFERENCE if found is not shards and found.encoding == "jpg" else 0.0)
-        tasks |= _ours(found, batch)
-    rows = alternate(tasks, repeats, "measuring")
-    # Peers come after: some leave threads behind that would take time from others' runs.
-    others, missing = peers(images, scratch, batch) if scratch else ([], {})
-    for peer in tqdm(others, "comparing contents", unit=" peers", disable=not others):
-        _verify(peer, images)
-    rows |= alternate({peer.name: functools.partial(_peer_epoch, peer) for peer in others}, repeats, "measuring others")
-    ratios = _ratios(rows, others, shards.encoding)
-    return Report(list(rows.values()), ratios, first_batch_seconds, memory_bytes, missing)
+    first_batch_seconds, memory_bytes = measure_start(shards, batch)
+    images = shards.load_images(np.arange(len(shards)))
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = gather_limit_tasks(images, batch) | stream_tasks(shards, batch)
+        if shards.storage.is_local:
+            tasks["webdataset"] = lambda: _measure_loader(_webdataset_loader(shards, batch))
+        if shards.image_shape[:2] == (SIDE, SIDE):
+            write_binaries(Path(folder) / "stl10_binary", {"unlabeled": iter([(images, list[int]())])}, ["none"])
+            tasks["torchvision"] = lambda: _measure_loader(_torchvision_loader(Path(folder), batch))
+        rows = alternate(tasks, repeats, "measuring")
+    stream = rows[f"vae_scale, {shards.encoding}"].median
+    ratios = {"of_gather_limit": stream / max(row.median for name, row in rows.items() if name.startswith(LIMIT))}
+    ratios |= {f"over_{name}": stream / rows[name].median for name in ("webdataset", "torchvision") if name in rows}
+    return DataReport(list(rows.values()), ratios, first_batch_seconds, memory_bytes)
 
 
-def _start(shards: ShardSet, batch: int) -> tuple[float, int]:
+def measure_start(shards: ShardSet, batch: int) -> tuple[float, int]:
+    """Returns the seconds to the first batch, and the growth in memory while streaming with a window of two shards."""
     begin = time.perf_counter()
-    for _ in Stream(ShardSet.open(shards.location), batch, seed=0):
-        break
+    next(iter(Stream(ShardSet.open(shards.location), batch, seed=0)))
     seconds = time.perf_counter() - begin
     process = psutil.Process()
     before = highest = process.memory_info().rss
@@ -103,172 +87,90 @@ def _start(shards: ShardSet, batch: int) -> tuple[float, int]:
     return seconds, highest - before
 
 
-def _limits(images: Images, batch: int) -> Tasks:
-    """The speed at which random images are copied from memory to buffers, beyond which no reader of images can go."""
+def gather_limit_tasks(images: Images, batch: int) -> Tasks:
+    """Random rows copied from memory into buffers, with one thread and with all: no loader can be faster."""
     memory = mmap.mmap(-1, images.nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer addresses to translate, where the system has such pages
-    resident = torch.frombuffer(memory, dtype=torch.uint8).view(len(images), -1)
-    resident.copy_(torch.from_numpy(images).view(len(images), -1))
-    buffers = itertools.cycle([torch.empty((batch, resident.shape[1]), dtype=torch.uint8) for _ in range(BUFFERS)])
+        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer page table lookups
+    source = torch.frombuffer(memory, dtype=torch.uint8).view(len(images), -1)
+    source.copy_(torch.from_numpy(images).view(len(images), -1))
+    buffers = itertools.cycle([torch.empty((batch, source.shape[1]), dtype=torch.uint8) for _ in range(NUM_BUFFERS)])
 
-    def batches() -> Iterator[int]:
+    def batch_sizes() -> Iterator[int]:
         while True:
-            for rows in torch.randperm(len(resident)).split(batch)[:-1]:
-                torch.index_select(resident, 0, rows, out=next(buffers))
+            for rows in torch.randperm(len(source)).split(batch)[:-1]:
+                torch.index_select(source, 0, rows, out=next(buffers))
                 yield len(rows)
 
-    def speed(threads: int) -> float:
+    def run(threads: int) -> float:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return _speed(batches())
+            return measure_throughput(batch_sizes())
         finally:
             torch.set_num_threads(before)
 
-    tasks: Tasks = {f"{LIMIT}, 1 thread": lambda: speed(1)}
+    tasks: Tasks = {f"{LIMIT}, 1 thread": lambda: run(1)}
     if (threads := torch.get_num_threads()) > 1:
-        tasks[f"{LIMIT}, {threads} threads"] = lambda: speed(threads)
+        tasks[f"{LIMIT}, {threads} threads"] = lambda: run(threads)
     return tasks
 
 
-def _ours(shards: ShardSet, batch: int) -> Tasks:
-    """Our stream: into uint8 batches on the CPU and, where there is one, on the GPU."""
+def stream_tasks(shards: ShardSet, batch: int) -> Tasks:
+    """The stream's uint8 batches on the CPU and, if there is one, on the GPU."""
 
-    def speed(device: str = "cpu", cache: str = "host") -> float:
-        stream = Stream(shards, batch, seed=0, device=device, cache=cache, window=None if mapped else COMPACT_WINDOW)
-        batches = (batch for _ in stream)
-        if mapped:  # in the first epoch the system maps the pages
-            return _speed(batches, skip=len(shards), device=device)
-        # What is decoded ahead of the first batch must be paid for, so a run is of whole epochs from the start.
-        return _speed(batches, images=EPOCHS * len(shards))
+    def run(device: str = "cpu", cache: str = "host") -> float:
+        stream = Stream(shards, batch, seed=0, device=device, cache=cache)
+        # In the first epoch, pages are mapped and compact shards are decoded.
+        return measure_throughput((batch for _ in stream), skip=len(shards), device=device)
 
-    name, mapped = f"{OURS}, {shards.encoding}", shards.encoding == "npy"
-    tasks: Tasks = {name: speed}
-    if mapped and torch.cuda.is_available():
-        tasks[f"{name}, to the GPU"] = lambda: speed("cuda")
-        tasks[f"{name}, kept on the GPU"] = lambda: speed("cuda", "device")
+    name = f"vae_scale, {shards.encoding}"
+    tasks: Tasks = {name: run}
+    if torch.cuda.is_available():
+        tasks[f"{name}, to the GPU"] = lambda: run("cuda")
+        tasks[f"{name}, cached on the GPU"] = lambda: run("cuda", "device")
     return tasks
 
 
-def _speed(batches: Iterator[int], *, skip: int = 0, images: int | None = None, device: str = "cpu") -> float:
-    """Images per second, of `images` images from the start; or, by default, of about a second after the first `skip` images."""
+def measure_throughput(batch_sizes: Iterator[int], *, skip: int = 0, images: float = math.inf, device: str = "cpu") -> float:
+    """Returns images per second over `images` images, or over `SECONDS`, after the first `skip` images."""
+    count = 0
+    while count < skip:
+        count += next(batch_sizes)
     begin, count = time.perf_counter(), 0
-    if images is None:
-        while count <= skip:
-            count += next(batches)
-        begin, count = time.perf_counter(), 0
-    for size in batches:
+    for size in batch_sizes:
         count += size
-        if count >= images if images is not None else time.perf_counter() - begin > SECONDS:
+        if count >= images or (math.isinf(images) and time.perf_counter() - begin > SECONDS):
             break
     if device == "cuda":
         torch.cuda.synchronize()
     return count / (time.perf_counter() - begin)
 
 
-def _packed(images: Images, scratch: Path, encoding: str) -> ShardSet:
-    """The same images in a compact encoding."""
-    out = scratch / f"{hashlib.sha256(images.data).hexdigest()[:12]}-{encoding}"
-    pack(Source([_Resident("train", images)], [], dict), out, Packing(OURS, encoding), os.cpu_count() or 1)
-    return ShardSet.open(out)
+def _measure_loader(loader: Any) -> float:
+    """Images per second after the first batch."""
+    return measure_throughput((len(batch[0]) for epoch in itertools.repeat(loader) for batch in epoch), skip=1)
 
 
-class _Resident:
-    """Images in memory as a split to be packed."""
+def _webdataset_loader(shards: ShardSet, batch: int) -> Any:
+    """The pipeline of webdataset's README, in this process."""
+    import webdataset
 
-    def __init__(self, name: str, images: Images) -> None:
-        self.name, self.images = name, images
-        self.labels = [-1] * len(images)
-        self.shape = images.shape[1:]
-
-    def fetch(self, start: int, stop: int) -> Images:
-        return self.images[start:stop]
-
-    def decode(self, raw: Images) -> Images:
-        return raw
+    urls = [str(Path(shards.location) / shard.url) for shard in shards.shards]
+    extension = shards.encoding
+    decoder = "rgb8" if extension != "npy" else None
+    samples = webdataset.WebDataset(urls, shardshuffle=100).shuffle(1000).decode(*([decoder] if decoder else []))
+    return samples.to_tuple(extension, "cls").batched(batch)
 
 
-def _verify_ours(shards: ShardSet, images: Images, batch: int, tolerance: float) -> None:
-    batches = ((found.images, found.rows) for found in Stream(shards, batch, seed=0))
-    _compare(f"{OURS}, {shards.encoding}", itertools.islice(batches, -(-len(shards) // batch)), images, tolerance)
+def _torchvision_loader(root: Path, batch: int) -> Any:
+    """torchvision's STL10 in a DataLoader, in this process."""
+    from torchvision.datasets import STL10
+    from torchvision.transforms import Compose, Normalize, ToTensor
 
+    class UncheckedSTL10(STL10):  # type: ignore[misc]
+        def _check_integrity(self) -> bool:
+            return True  # only the official files have its MD5 sums
 
-def _verify(peer: Peer, images: Images) -> None:
-    batches = ((peer.pixels(found), numbers.numpy()) for found, numbers in peer.epoch())
-    _compare(peer.name, batches, images, 0.0 if peer.lossless else JPEG_DIFFERENCE)
-
-
-def _compare(name: str, batches: Iterator[tuple[Tensor, Rows]], images: Images, tolerance: float) -> None:
-    seen = np.zeros(len(images), np.int64)
-    for found, rows in batches:
-        difference = np.abs(found.numpy().astype(np.int16) - images[rows]).reshape(len(rows), -1).mean(1)
-        if (difference > tolerance).any():
-            raise UserError(
-                f"{name}: image {rows[difference.argmax()]} differs from the set's by {difference.max():.1f} of 255"
-            )
-        np.add.at(seen, rows, 1)
-    if (seen == 0).any():
-        raise UserError(f"{name}: {(seen == 0).sum():,} of {len(seen):,} images did not come")
-
-
-def _peer_epoch(peer: Peer) -> float:
-    """Images per second of an epoch, after its first batch."""
-    sizes = (len(numbers) for _, numbers in peer.epoch())
-    next(sizes)
-    begin = time.perf_counter()
-    return sum(sizes) / (time.perf_counter() - begin)
-
-
-def _ratios(rows: dict[str, Row], others: Sequence[Peer], encoding: str) -> dict[str, float]:
-    """Ours over the limit, and over the best of each family; where encodings are compared, over webdataset's in the same."""
-
-    def best(*names: str) -> float:
-        return max((row.median for row in rows.values() if row.name.startswith(names)), default=math.nan)
-
-    ours = rows[f"{OURS}, {encoding}"].median
-    ratios = {"of_gather_limit": ours / best(LIMIT)}
-    for family in dict.fromkeys(peer.family for peer in others):
-        ratios[f"over_{family}"] = ours / best(*(peer.name for peer in others if peer.family == family))
-    for compact in COMPACT:
-        ratios[f"{compact}_over_webdataset"] = best(f"{OURS}, {compact}") / best(f"webdataset, {compact}")
-    return {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
-
-
-@dataclass(frozen=True)
-class Shuffle:
-    """How well an order is shuffled. Of a perfectly random order of n images: 1/3, 2/n, and the largest shard's share.
-
-    Attributes:
-        window: Shards mixed together; None for a random permutation.
-        displacement: Mean distance between an image's place in the set and in the order, over the number of images.
-        neighbours: Share of the images that are followed by one of their two neighbours in the set.
-        same_shard: Share of the images that are followed by one of the same shard.
-    """
-
-    window: int | None
-    displacement: float
-    neighbours: float
-    same_shard: float
-
-
-def shuffle_quality(sizes: Sequence[int], batch: int, windows: Sequence[int], epochs: int = 10) -> list[Shuffle]:
-    """How well windows of so many shards shuffle, and last a random permutation; means over epochs.
-
-    Args:
-        sizes: Images of each shard.
-        batch: Images of a batch.
-        windows: Shards mixed together.
-        epochs: How many are looked at.
-    """
-    images, shard_of = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
-
-    def quality(window: int | None, orders: list[Rows]) -> Shuffle:
-        displacement = np.mean([np.abs(order - np.arange(images)).mean() / images for order in orders])
-        neighbours = np.mean([(np.abs(np.diff(order)) == 1).mean() for order in orders])
-        same_shard = np.mean([(np.diff(shard_of[order]) == 0).mean() for order in orders])
-        return Shuffle(window, float(displacement), float(neighbours), float(same_shard))
-
-    plans = {window: Plan(sizes, 0, batch, window) for window in windows}
-    found = [quality(window, [plan.order(epoch) for epoch in range(epochs)]) for window, plan in plans.items()]
-    return [*found, quality(None, [np.random.default_rng(epoch).permutation(images) for epoch in range(epochs)])]
+    dataset = UncheckedSTL10(str(root), split="unlabeled", transform=Compose([ToTensor(), Normalize(0.5, 0.5)]))
+    return DataLoader(dataset, batch, shuffle=True)

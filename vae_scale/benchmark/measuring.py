@@ -1,6 +1,6 @@
-"""Medians of alternated runs, where they were measured, and how fast anything could be there."""
+"""Alternated runs and their medians, the machine they ran on, and its upper limits."""
 
-import json
+import dataclasses
 import math
 import os
 import platform
@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from vae_scale import __version__
+from vae_scale.files import write_json
 
 CEILING_SECONDS = 0.3  # of a run
 SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # sides of matrices
@@ -25,11 +26,11 @@ MATRIX, COPY = "matrix product", "memory copy"
 
 @dataclass
 class Row:
-    """One line of a table.
+    """A line of a table.
 
     Attributes:
         name: What was measured.
-        runs: Speed of each run: images per second, or what the name says.
+        runs: Speed of each run, in images per second unless the name says otherwise.
     """
 
     name: str
@@ -37,20 +38,20 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Speed of the run in the middle."""
+        """The median speed."""
         return statistics.median(self.runs)
 
 
-def alternate(tasks: Mapping[str, Callable[[], float]], repeats: int, told: str) -> dict[str, Row]:
-    """Runs all tasks one after the other, `repeats` times, so that a busy machine slows all of them alike.
+def alternate(tasks: Mapping[str, Callable[[], float]], repeats: int, description: str) -> dict[str, Row]:
+    """Runs all tasks one after the other, `repeats` times, so that other load on the machine affects all of them alike.
 
     Args:
         tasks: By name; each returns a speed.
-        repeats: Runs of each, after one that does not count.
-        told: Beside the progress bar.
+        repeats: Runs of each, after a warm-up run.
+        description: Of the progress bar.
     """
     rows = {name: Row(name) for name in tasks}
-    with tqdm(total=len(tasks) * (repeats + 1), unit=" runs", desc=told, disable=not tasks) as bar:
+    with tqdm(total=len(tasks) * (repeats + 1), unit=" runs", desc=description, disable=not tasks) as bar:
         for repeat in range(repeats + 1):
             for name, task in tasks.items():
                 bar.set_postfix_str(name)
@@ -86,27 +87,27 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[],
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of the calls that a short run has time for, until `device` is done."""
+    """Returns the shortest duration of `work` on `device`, over repeated calls during `CEILING_SECONDS`."""
     best, spent = math.inf, 0.0
     while spent < CEILING_SECONDS:
-        synchronise(device)
+        synchronize(device)
         begin = time.perf_counter()
         work()
-        synchronise(device)
+        synchronize(device)
         seconds = time.perf_counter() - begin
         best, spent = min(best, seconds), spent + seconds
     return best
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits until a GPU has done what it was given."""
+def synchronize(device: torch.device) -> None:
+    """Waits for all work queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def machine() -> dict[str, str]:
-    """What a figure depends on: hardware, versions and the day."""
-    found = {
+    """Hardware, versions and date, on which figures depend."""
+    info = {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
@@ -115,8 +116,8 @@ def machine() -> dict[str, str]:
         "vae_scale": __version__,
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        info["gpu"] = torch.cuda.get_device_name()
+    return info
 
 
 def _cpu() -> str:
@@ -128,13 +129,13 @@ def _cpu() -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table: medians, and the range of the runs."""
+    """Formats medians and ranges as a Markdown table."""
     lines = [[row.name, f"{row.median:,.0f}", f"{min(row.runs):,.0f} to {max(row.runs):,.0f}"] for row in rows]
     return markdown([["", "images/s", "lowest to highest"], *lines])
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """Lines of cells, the first of which is the heading, as a table: the first column to the left, others to the right."""
+    """Formats rows of cells, the first of which is the heading, as a Markdown table."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
 
     def padded(cells: list[str]) -> str:
@@ -145,7 +146,8 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join([padded(lines[0]), rule, *(padded(line) for line in lines[1:])])
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Writes a report, for programs to read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+def write_report(path: Path | None, report: Any) -> None:
+    """Writes a dataclass as JSON, with the machine it was measured on; nothing if `path` is None."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"machine": machine(), **dataclasses.asdict(report)})

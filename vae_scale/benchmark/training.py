@@ -1,4 +1,4 @@
-"""How fast training is: the machine's ceilings, the bare step, the whole trainer, and where the time between them goes."""
+"""How fast training is: the machine's limits, the training step, the whole trainer, and the time of each part of a step."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,30 +20,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from vae_scale.benchmark.measuring import MATRIX, Row, alternate, ceilings, fastest, synchronise
-from vae_scale.benchmark.training_peers import compare, peers
-from vae_scale.config import Config
+from vae_scale.benchmark.measuring import MATRIX, Row, alternate, ceilings, fastest, synchronize
+from vae_scale.config.options import Config
 from vae_scale.errors import UserError
-from vae_scale.training.launching import resolve_precision
+from vae_scale.runtime.launching import resolve_precision
 from vae_scale.training.trainer import Trainer
 
-SECONDS = 3.0  # of a run of steps
-FEWEST_STEPS = 4  # of a run
+SECONDS = 3.0  # duration of a run
+MIN_STEPS = 4  # of a run
 PROFILED_STEPS = 3
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ENDLESS = 10**9  # images: no run gets there
+NEVER = 10**9  # images
 
-STEP, TRAIN, SAVING = "bare step", "whole trainer", "and a checkpoint in each run"
+MoreTasks = Callable[[Trainer, Path], dict[str, Callable[[], float]]]
+
+STEP, TRAIN, SAVING = "training step", "trainer", "trainer with a checkpoint per run"
 
 
 @dataclass
 class Part:
-    """What a part of a training step takes, with the device waited for before and after.
+    """The duration of a part of a training step, with device synchronization before and after.
 
     Attributes:
         name: The part.
-        ms_each: Milliseconds each time.
-        ms_per_step: Milliseconds per step; of what is not done in each, its share at the configured interval.
+        ms_each: Milliseconds per call.
+        ms_per_step: Milliseconds per step, averaged over the configured interval of logging and checkpoints.
     """
 
     name: str
@@ -53,21 +54,19 @@ class Part:
 
 @dataclass
 class Report:
-    """What was found.
+    """Throughput of training.
 
     Attributes:
-        rows: Ceilings, in FLOP and in bytes read and written per second; the step and the trainer, in images per second.
-        ratios: `mfu`, the bare step's share of the matrix ceiling; `train_over_step`, the whole trainer over the bare step;
-            `data_wait`, the share of the trainer's time spent waiting for data; `over_...`, the trainer, or the step where
-            it is measured alone, over each family of others and over the fastest of them.
-        parts: Of the whole trainer's steps.
-        flops_per_image: Forward and backward, counted.
-        parameters: Of the model.
-        batch: Images of a step.
+        rows: Limits, in FLOP per second and in bytes read and written per second; step and trainer, in images per second.
+        ratios: `mfu`, model FLOPs utilization of the step relative to the fastest matrix product; `train_over_step`;
+            `data_wait`, the fraction of the trainer's time spent waiting for data.
+        parts: Parts of the trainer's steps.
+        flops_per_image: Of forward and backward pass.
+        parameters: Parameters of the model.
+        batch: Images per step.
         precision: bf16, fp16, tf32 or fp32.
-        steps: Of a run.
-        peak_memory_bytes: Of the device; of this process where that is a CPU.
-        missing: Others that cannot be had here or do not count, and why.
+        steps: Steps per run.
+        peak_memory_bytes: Of the GPU, or of this process on a CPU.
     """
 
     rows: list[Row]
@@ -79,62 +78,64 @@ class Report:
     precision: str
     steps: int
     peak_memory_bytes: int
-    missing: dict[str, str]
 
 
-def measure(config: Config, whole: bool, repeats: int, traces: Path | None, others: Sequence[str] | None = None) -> Report:
+def measure(
+    config: Config, whole: bool, repeats: int, traces: Path | None = None, more_tasks: MoreTasks | None = None
+) -> Report:
     """Measures the training that a configuration describes, in a run folder that is deleted afterwards.
 
-    Runs are short, so what a checkpoint costs is found from runs with one, and counted as often as configured. A run logs
-    at least once, be the configured interval longer. Evaluation and wandb are left out.
+    The cost of a checkpoint is measured in runs with one, and counted at the configured interval. Each run logs at least once.
+    Evaluation and wandb are off.
 
     Args:
-        config: Of the run.
-        whole: Measure the whole trainer, not the bare step alone.
-        repeats: Runs of each, of which the median counts.
-        traces: Folder for a profiler's trace of a few steps; None for none.
-        others: Also the same training by these other people's means; by all of them if empty, by none if None.
+        config: Configuration of the run.
+        whole: Measure the trainer too, not the step alone.
+        repeats: Runs of each, of which the median is used.
+        traces: Folder for a profiler trace of a few steps; None for no trace.
+        more_tasks: Returns tasks to measure in alternation with these, given the trainer and a scratch folder.
 
     Raises:
-        UserError: there are no such shards, they cannot be trained on, there are several processes, or others cannot do it.
+        UserError: the shards cannot be read or trained on, or there are several processes.
     """
-    with opened(config) as subject:
-        if subject.trainer.ranks > 1:
+    with open_trainer(config) as subject:
+        if subject.trainer.world_size > 1:
             raise UserError(f"bench {'train' if whole else 'step'} measures one process; start it without accelerate launch")
-        return _measure(subject, config, whole, repeats, traces, others)
+        return _measure(subject, config, whole, repeats, traces, more_tasks)
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator["Subject"]:
-    """A trainer to measure, without evaluation and wandb, in a run folder that is deleted afterwards."""
+def open_trainer(config: Config) -> Iterator["MeasuredTrainer"]:
+    """Opens a trainer without evaluation and wandb, in a temporary run folder."""
     with tempfile.TemporaryDirectory() as folder:
-        train = dataclasses.replace(config.train, images=ENDLESS)
-        evaluate = dataclasses.replace(config.evaluate, every=ENDLESS, early=False)
-        kept = dataclasses.replace(config.checkpoint)  # a copy, since `train` moves the interval
+        train = dataclasses.replace(config.train, images=NEVER)
+        evaluate = dataclasses.replace(config.evaluate, every=NEVER, early=False)
+        checkpoint = dataclasses.replace(config.checkpoint)  # a copy, since `train` changes the interval
         track = dataclasses.replace(config.track, tracker="none")
-        trainer = Trainer(dataclasses.replace(config, run=folder, train=train, evaluate=evaluate, checkpoint=kept, track=track))
-        with Subject(trainer) as subject:
+        trainer = Trainer(
+            dataclasses.replace(config, run=folder, train=train, evaluate=evaluate, checkpoint=checkpoint, track=track)
+        )
+        with MeasuredTrainer(trainer) as subject:
             yield subject
 
 
 def _measure(
-    subject: "Subject", config: Config, whole: bool, repeats: int, traces: Path | None, others: Sequence[str] | None
+    subject: "MeasuredTrainer", config: Config, whole: bool, repeats: int, traces: Path | None, more_tasks: MoreTasks | None
 ) -> Report:
-    trainer, batch = subject.trainer, config.train.batch
+    trainer, batch = subject.trainer, config.train.global_batch_size
     subject.choose_steps(SECONDS)
     tasks: dict[str, Callable[[], float]] = {STEP: subject.step}
     if whole:
         trainer.config.train.log_every = min(config.train.log_every, subject.steps)
         tasks |= {TRAIN: subject.train, SAVING: partial(subject.train, saving=True)}
         subject.train(saving=True)
-    memory = _peak_memory(trainer.device)  # before the ceilings, which need memory of their own
+    memory = _peak_memory(trainer.device)  # before the limits are measured, which allocates memory
     dtype = DTYPES.get(trainer.accelerator.mixed_precision, torch.float32)
     with tempfile.TemporaryDirectory() as scratch:
-        found, missing = peers(trainer, SECONDS, Path(scratch), others) if others is not None else ([], {})
-        tasks = ceilings(trainer.device, dtype) | tasks | {peer.name: peer.run for peer in found}
+        tasks = ceilings(trainer.device, dtype) | tasks | (more_tasks(trainer, Path(scratch)) if more_tasks else {})
         rows = alternate(tasks, repeats, "measuring")
     flops = count_flops(subject.one_image)
-    trainer.update.adamw.zero_grad(set_to_none=True)
+    trainer.optimizer_step.adamw.zero_grad(set_to_none=True)
     ratios = {"mfu": rows[STEP].median * flops / rows[MATRIX].median}
     parts: list[Part] = []
     if whole:
@@ -142,22 +143,20 @@ def _measure(
         per_image += max(0.0, saving - per_image) * subject.steps * batch / config.checkpoint.every
         ratios |= {"train_over_step": 1 / per_image / rows[STEP].median, "data_wait": subject.waited / subject.trained}
         parts = _breakdown(subject, config)
-    over, idle = compare(rows[TRAIN if whole else STEP].median, found, rows)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     precision = resolve_precision(config.train.precision)
-    shown = [row for name, row in rows.items() if name not in idle]
-    report = Report(shown, ratios | over, parts, flops, parameters, batch, precision, subject.steps, memory, missing | idle)
+    report = Report(list(rows.values()), ratios, parts, flops, parameters, batch, precision, subject.steps, memory)
     if traces:
         subject.steps = PROFILED_STEPS
         _trace(subject.train if whole else subject.step, traces / ("train.json" if whole else "step.json"))
     return report
 
 
-class Subject:
-    """A trainer, and its data. Its runs take `steps` steps.
+class MeasuredTrainer:
+    """A trainer whose runs take `steps` steps.
 
     Attributes:
-        waited: Seconds that runs of the whole trainer waited for data.
+        waited: Seconds that runs of the trainer waited for data.
         trained: Seconds that they took.
     """
 
@@ -167,44 +166,44 @@ class Subject:
         self.waited = self.trained = 0.0
         self._end = contextlib.ExitStack()
 
-    def __enter__(self) -> "Subject":
+    def __enter__(self) -> "MeasuredTrainer":
         trainer = self.trainer
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self._end.enter_context(trainer._progress())
+        self._end.enter_context(trainer.progress_bar())
         if trainer.tracker:
             self._end.callback(trainer.tracker.close)
         self._end.callback(trainer.writer.wait)
-        self._batches = self._end.enter_context(contextlib.closing(trainer._batches()))
+        self._batches = self._end.enter_context(contextlib.closing(trainer.batches()))
         batch = next(self._batches)
-        self.images = batch.images.clone()  # the stream uses its buffers again
-        self.draws, self.arguments = trainer._draws(batch), trainer.stage.arguments(0)
+        self.images = batch.images.clone()  # the stream reuses its buffers
+        self.draws, self.arguments = trainer.random_inputs(batch), trainer.stage.schedule_values(0)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._end.close()
 
     def choose_steps(self, seconds: float) -> None:
-        """Makes runs take about so long, once the first steps, which are slow, are over."""
+        """Sets the number of steps so that runs take about `seconds`, after warming up."""
         self.step()
-        self.steps = FEWEST_STEPS
+        self.steps = MIN_STEPS
         images = max(self.step() for _ in range(3)) * seconds
-        self.steps = max(FEWEST_STEPS, math.ceil(images / self.trainer.config.train.batch))
+        self.steps = max(MIN_STEPS, math.ceil(images / self.trainer.config.train.global_batch_size))
 
     def step(self) -> float:
-        """Images per second of forward, backward and optimizer on one batch, which leave the weights as they are."""
+        """Returns images per second of forward, backward and optimizer on one batch, with a learning rate of 0."""
         trainer = self.trainer
-        for group in trainer.update.adamw.param_groups:
+        for group in trainer.optimizer_step.adamw.param_groups:
             group["lr"] = 0.0
         with self._timed() as seconds:
             for _ in range(self.steps):
-                trainer._gradients(self.images, self.draws, self.arguments)
+                trainer.compute_gradients(self.images, self.draws, self.arguments)
                 self._step_optimizer()
-        return self.steps * trainer.config.train.batch / seconds()
+        return self.steps * trainer.config.train.global_batch_size / seconds()
 
     def _step_optimizer(self) -> None:
-        """AdamW alone, without clipping; in fp16 with gradients that the scaler has unscaled."""
-        adamw, scaler = self.trainer.update.adamw, self.trainer.accelerator.scaler
+        """AdamW without clipping; in fp16 the scaler unscales gradients."""
+        adamw, scaler = self.trainer.optimizer_step.adamw, self.trainer.accelerator.scaler
         if scaler:
             scaler.step(adamw)
             scaler.update()
@@ -213,10 +212,10 @@ class Subject:
         adamw.zero_grad(set_to_none=True)
 
     def train(self, saving: bool = False) -> float:
-        """Images per second of the whole trainer; where it is `saving`, with a checkpoint halfway, until that is written."""
-        trainer, size = self.trainer, self.trainer.config.train.batch
-        trainer.config.checkpoint.every = trainer.images_seen + math.ceil(self.steps / 2) * size if saving else ENDLESS
-        trainer._begin_interval()
+        """Returns images per second of the trainer; if `saving`, with a checkpoint halfway, until it is written."""
+        trainer, size = self.trainer, self.trainer.config.train.global_batch_size
+        trainer.config.checkpoint.every = trainer.images_seen + math.ceil(self.steps / 2) * size if saving else NEVER
+        trainer.start_interval()
         with self._timed() as seconds:
             self.waited += sum(self.advance() for _ in range(self.steps))
             trainer.writer.wait()
@@ -224,83 +223,86 @@ class Subject:
         return self.steps * size / seconds()
 
     def advance(self) -> float:
-        """One step of the whole trainer; the seconds for which it waited for data."""
+        """Runs one iteration of the trainer and returns the seconds it waited for data."""
         begin = time.perf_counter()
         batch = next(self._batches)
         waited = time.perf_counter() - begin
-        self.trainer._advance(batch)
+        self.trainer.train_iteration(batch)
         return waited
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[Callable[[], float]]:
-        """Gives a function that tells, afterwards, the seconds until the device was done."""
-        synchronise(self.trainer.device)
+        """Yields a function that returns the duration of the block on the device, once it has ended."""
+        synchronize(self.trainer.device)
         begin = end = time.perf_counter()
         yield lambda: end - begin
-        synchronise(self.trainer.device)
+        synchronize(self.trainer.device)
         end = time.perf_counter()
 
     def one_image(self) -> Tensor:
-        """The loss of one image, computed without the compiler, behind which nothing can be counted."""
+        """Returns the loss of one image, computed eagerly, since operations of compiled code cannot be counted."""
         drawn = {name: numbers[:1] for name, numbers in self.draws.items()}
         return self.trainer.objective(self.images[:1], drawn, *self.arguments)[0]
 
 
 def count_flops(loss: Callable[[], Tensor]) -> int:
-    """Floating-point operations of a loss's computation and of its gradients: those of matrix products and convolutions."""
-    # Not all versions count all kinds of fused attention, but all count the products it is made of.
+    """Counts the FLOPs of the matrix products and convolutions of a loss and its gradients."""
+    # Not all versions count all fused attention kernels, but all count matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss().backward()
     return counter.get_total_flops()
 
 
-def _breakdown(subject: Subject, config: Config) -> list[Part]:
-    """One run with the device waited for around each part, which is slower and so not among those that count."""
+def _breakdown(subject: MeasuredTrainer, config: Config) -> list[Part]:
+    """Measures each part of a step with device synchronization around it, in a run of its own since that is slower."""
     trainer = subject.trainer
     places: dict[str, tuple[Any, str]] = {
-        "draws": (trainer, "_draws"),
+        "draws": (trainer, "random_inputs"),
         "forward": (trainer, "forward"),
         "backward": (trainer.accelerator, "backward"),
-        "clip and optimizer": (trainer.update, "step"),
+        "clip and optimizer": (trainer.optimizer_step, "step"),
         "EMA": (trainer.ema, "update"),
-        "logging": (trainer, "_log"),
-        "checkpoint stall": (trainer, "_save"),
+        "logging": (trainer, "log"),
+        "checkpoint stall": (trainer, "save_checkpoint"),
     }
     spent: dict[str, list[float]] = defaultdict(list)
     subject.waited = subject.trained = 0.0
     with contextlib.ExitStack() as stack:
         for name, (owner, method) in places.items():
-            stack.enter_context(_watched(owner, method, spent[name], trainer.device))
+            stack.enter_context(_timed_calls(owner, method, spent[name], trainer.device))
         subject.train()
         inside = sum(map(sum, spent.values()))
-        trainer._save()
-    intervals = {"logging": config.train.log_every, "checkpoint stall": config.checkpoint.every / config.train.batch}
-    found = {name: (sum(times) / len(times), sum(times) / subject.steps) for name, times in spent.items()}
-    found |= {name: (found[name][0], found[name][0] / interval) for name, interval in intervals.items()}
+        trainer.save_checkpoint()
+    intervals = {
+        "logging": config.train.log_every,
+        "checkpoint stall": config.checkpoint.every / config.train.global_batch_size,
+    }
+    durations = {name: (sum(times) / len(times), sum(times) / subject.steps) for name, times in spent.items()}
+    durations |= {name: (durations[name][0], durations[name][0] / interval) for name, interval in intervals.items()}
     wait = subject.waited / subject.steps
     ahead = {"data wait": (wait, wait)}
     if trainer.device.type == "cuda":
         upload = fastest(partial(subject.images.cpu().pin_memory().to, trainer.device), trainer.device)
-        ahead["host to device (meanwhile)"] = (upload, 0.0)
+        ahead["host to device (overlapped)"] = (upload, 0.0)
     rest = (subject.trained - subject.waited - inside) / subject.steps
-    parts = ahead | found | {"the rest": (rest, rest)}
+    parts = ahead | durations | {"other": (rest, rest)}
     return [Part(name, 1e3 * each, 1e3 * per_step) for name, (each, per_step) in parts.items()]
 
 
 @contextlib.contextmanager
-def _watched(owner: Any, method: str, times: list[float], device: torch.device) -> Iterator[None]:
+def _timed_calls(owner: Any, method: str, times: list[float], device: torch.device) -> Iterator[None]:
     """Appends the seconds of each call of an object's method to `times`."""
     original = getattr(owner, method)
 
-    def watched(*args: Any, **options: Any) -> Any:
-        synchronise(device)
+    def timed(*args: Any, **options: Any) -> Any:
+        synchronize(device)
         begin = time.perf_counter()
         result = original(*args, **options)
-        synchronise(device)
+        synchronize(device)
         times.append(time.perf_counter() - begin)
         return result
 
-    setattr(owner, method, watched)
+    setattr(owner, method, timed)
     try:
         yield
     finally:
@@ -310,9 +312,9 @@ def _watched(owner: Any, method: str, times: list[float], device: torch.device) 
 def _trace(run: Callable[[], float], path: Path) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as profiler:
         run()
-    found.export_chrome_trace(str(path))
+    profiler.export_chrome_trace(str(path))
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -1,84 +1,80 @@
-"""A manifest for a WebDataset that somebody else made, from reading it once."""
+"""Writes the manifest of an existing WebDataset, from one pass over it."""
 
 import hashlib
 import io
-import json
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from io import BufferedReader
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from vae_scale.data.images import FORMATS, decode, opened, square
-from vae_scale.data.parts import write_json
-from vae_scale.data.shard_file import FORMAT_VERSION, MOST_SIDE, SUFFIXES, kind_of, members
-from vae_scale.data.shards import MOST_LABEL
-from vae_scale.data.storage import SCHEMES, Cache
-from vae_scale.errors import UserError, one_line, shown
+from vae_scale.data.cache import Cache
+from vae_scale.data.images import FORMATS, center_crop_resize, decode_image, open_image
+from vae_scale.data.parts import fingerprint, write_index
+from vae_scale.data.shard_file import FORMAT_VERSION, MAX_IMAGE_SIDE, SUFFIXES, iter_members, member_type
+from vae_scale.data.shards import MAX_LABEL
+from vae_scale.data.storage import SCHEMES
+from vae_scale.errors import UserError, one_line, redact
 
-HELD_OUT = 10  # of so many shards, one is the test split where none is named
-END = bytes(2 * 512)  # of a whole tar
+TEST_FRACTION = 10  # one shard in this many is assigned to the test split if no splits are named
+TAR_END = bytes(2 * 512)  # last bytes of a complete tar
 
 
 @dataclass
-class _Found:
-    """What one shard holds: its entry in the manifest, the kinds of its images, and their shapes."""
+class _ShardStats:
+    """A shard's entry in the manifest, and how often each image type and shape occurs in it."""
 
-    entry: dict[str, Any]
-    kinds: Counter[str]
-    shapes: Counter[tuple[int, int, int]]
+    record: dict[str, Any] = field(default_factory=dict)
+    types: Counter[str] = field(default_factory=Counter)
+    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
 
 def index(sources: list[str], out: Path | None, resolution: int | None, workers: int) -> Path:
-    """Writes `index.json` for tars of images (jpg, png, webp), after which they are read like shards of our own.
+    """Writes `index.json` for tars of images (jpg, png, webp), which can then be read like packed shards.
 
-    Labels are those of `.cls` members, -1 where there is none.
+    Labels are read from `.cls` members; samples without one have label -1.
 
     Args:
-        sources: Files or URLs with braces ({000..127}), each as SPLIT=URLS, or without a split: then one shard in ten, from
-            the end, is the test split, and the others are the train split.
-        out: Where to write. None for the folder that the files are in.
-        resolution: Side of the squares to which images are cut and resized when they are read; None where all are of one
-            size already.
-        workers: Shards that are read at the same time.
+        sources: Files or URLs with braces ({000..127}), each as SPLIT=URLS, or all without a split: then the last tenth of the
+            shards is the test split, and the others are the train split.
+        out: Folder of the manifest; None for the folder of the files.
+        resolution: Size of the squares to which images are cropped and resized when they are read; None if all images have
+            the same size.
+        workers: Shards read in parallel.
 
     Returns:
         The folder of the manifest.
 
     Raises:
-        UserError: a shard cannot be read, holds no images, or an image cannot be decoded; sizes differ and there is no
-            `resolution`; or the manifest cannot be put where its shards would be found.
+        UserError: a shard cannot be read or contains no images; an image cannot be decoded; sizes differ and `resolution` is
+            None; or the manifest would not be beside its shards.
     """
-    urls = _urls(sources)
-    folder = _folder([url for url, _ in urls], out)
+    urls = _expand(sources)
+    folder = _manifest_folder([url for url, _ in urls], out)
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(urls), unit=" shards", desc="indexing") as bar:
-        found = []
+        shards = []
         try:
-            for shard in pool.map(lambda place: _read(place[0], place[1], resolution), urls):
-                found.append(shard)
+            for stats in pool.map(lambda item: _read_shard(item[0], item[1], resolution), urls):
+                shards.append(stats)
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
-    shapes = sum((shard.shapes for shard in found), Counter[tuple[int, int, int]]())
+    shapes = sum((stats.shapes for stats in shards), Counter[tuple[int, ...]]())
     if len(shapes) > 1:
         (first, _), (second, _) = shapes.most_common(2)
-        place = shown(next(shard.entry["url"] for shard in found if second in shard.shapes))
+        url = redact(next(stats.record["url"] for stats in shards if second in stats.shapes))
         sizes = f"images of {second[1]}x{second[0]}, others of {first[1]}x{first[0]}"
-        raise UserError(f"{place}: {sizes}; give --resolution R to have all cut to squares and resized as they are read")
-    kinds = sum((shard.kinds for shard in found), Counter[str]())
-    encoding, shape = kinds.most_common(1)[0][0], next(iter(shapes))
-    records = [shard.entry for shard in found]
-    identity = json.dumps([resolution, [(record["sha256"], record["split"]) for record in records]])
-    ours = {
+        raise UserError(f"{url}: {sizes}; give --resolution R to crop and resize them as they are read")
+    records = [stats.record for stats in shards]
+    info = {
         "version": FORMAT_VERSION,
-        "fingerprint": hashlib.sha256(identity.encode()).hexdigest(),
-        "encoding": encoding,
-        "image_shape": shape,
+        "fingerprint": fingerprint([resolution, [(record["sha256"], record["split"]) for record in records]]),
+        "encoding": sum((stats.types for stats in shards), Counter[str]()).most_common(1)[0][0],
+        "image_shape": next(iter(shapes)),
         "stride": None,
         "offset": None,
         "fit": resolution is not None,
@@ -87,148 +83,126 @@ def index(sources: list[str], out: Path | None, resolution: int | None, workers:
         "splits": {split: sum(r["nsamples"] for r in records if r["split"] == split) for _, split in urls},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    kind = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": folder.resolve().name}
-    write_json(folder / "index.json", kind | {"shardlist": records, "vae_scale": ours})
+    write_index(folder, folder.resolve().name, records, info)
     return folder
 
 
-def _urls(sources: list[str]) -> list[tuple[str, str]]:
-    """Each shard and its split."""
+def _expand(sources: list[str]) -> list[tuple[str, str]]:
+    """Returns the URL and split of each shard."""
     from braceexpand import braceexpand
 
-    named: dict[str, list[str]] = {}
+    splits: dict[str, list[str]] = {}
     for source in sources:
         split, equals, pattern = source.partition("=")
         if not equals or not split.isidentifier():
             split, pattern = "", source
         try:
-            named.setdefault(split, []).extend(braceexpand(pattern))
-        except ValueError:  # whose text has the pattern in it, and with it what may be secret
-            raise UserError(f"--index {shown(pattern)}: its braces do not match") from None
-    if "" in named:
-        if len(named) > 1:
+            splits.setdefault(split, []).extend(braceexpand(pattern))
+        except ValueError:  # its message contains the pattern, which may contain secrets
+            raise UserError(f"--index {redact(pattern)}: unbalanced braces") from None
+    if "" in splits:
+        if len(splits) > 1:
             raise UserError("--index: name the split of all sources (train=URLS test=URLS), or of none")
-        every = named.pop("")
-        held_out = -(-len(every) // HELD_OUT) if len(every) > 1 else 0
-        named = {"train": every[: len(every) - held_out], "test": every[len(every) - held_out :]}
-    urls = [(url, split) for split, urls in named.items() for url in urls]
-    repeated = [url for url, count in Counter(url for url, _ in urls).items() if count > 1]
-    if repeated:
-        raise UserError(f"--index: {shown(repeated[0])} is named twice")
-    return urls
+        urls = splits.pop("")
+        num_train = len(urls) - (-(-len(urls) // TEST_FRACTION) if len(urls) > 1 else 0)
+        splits = {"train": urls[:num_train], "test": urls[num_train:]}
+    pairs = [(url, split) for split, urls in splits.items() for url in urls]
+    if repeated := [url for url, count in Counter(url for url, _ in pairs).items() if count > 1]:
+        raise UserError(f"--index: {redact(repeated[0])} is named twice")
+    return pairs
 
 
-def _folder(urls: list[str], out: Path | None) -> Path:
-    """Where the manifest goes. It names local files beside itself, and others by their URL."""
-    local = [Path(url) for url in urls if "://" not in url]
+def _manifest_folder(urls: list[str], out: Path | None) -> Path:
+    """Returns the folder of the manifest, which refers to local files by name and to others by URL."""
     for url in urls:
-        scheme, whole, _ = url.partition("://")
-        if url.startswith("pipe:") or (whole and scheme not in SCHEMES):
-            raise UserError(f"--index {shown(url)}: must be a file, or a URL of {', '.join(SCHEMES)}")
-    folders = {path.parent.resolve() for path in local}
+        scheme, separator, _ = url.partition("://")
+        if url.startswith("pipe:") or (separator and scheme not in SCHEMES):
+            raise UserError(f"--index {redact(url)}: must be a file, or a URL of {', '.join(SCHEMES)}")
+    folders = {Path(url).parent.resolve(): Path(url).parent for url in urls if "://" not in url}
     if len(folders) > 1:
-        raise UserError("--index: the files are in several folders; a manifest lies beside its shards, so index each folder")
+        raise UserError("--index: the files are in several folders; a manifest must be beside its shards: index each folder")
     if folders:
-        if out is not None and out.resolve() not in folders:
-            raise UserError(f"--out {out}: a manifest lies beside its shards, in {local[0].parent}; leave --out away")
-        return local[0].parent
+        ((resolved, folder),) = folders.items()
+        if out is not None and out.resolve() != resolved:
+            raise UserError(f"--out {out}: a manifest must be beside its shards, in {folder}; omit --out")
+        return folder
     if out is None:
-        raise UserError("--out DIR is missing: the folder for index.json")
+        raise UserError("--out DIR is missing: the folder of index.json")
     return out
 
 
-def _read(url: str, split: str, resolution: int | None) -> _Found:
+def _read_shard(url: str, split: str, resolution: int | None) -> _ShardStats:
+    """Reads a shard and decodes all of its images."""
     if "://" not in url:
-        return _scan(Path(url), Path(url).name, url, split, resolution)
-    from vae_scale.data.remote import Remote
+        path = Path(url)
+        try:
+            return _scan(path, path.name, split, resolution)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{url}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+    from vae_scale.data.remote import RemoteStorage
 
     with tempfile.TemporaryDirectory() as folder:
-        remote = Remote(url.rpartition("/")[0], Cache())
-        return _scan(remote.fetch(url, Path(folder)), url, shown(url), split, resolution)
+        path = RemoteStorage(url.rpartition("/")[0], Cache()).download(url, Path(folder))
+        try:
+            return _scan(path, url, split, resolution)
+        except ValueError as error:
+            raise UserError(f"{redact(url)}: {one_line(error)}") from None
 
 
-def _check_end(path: Path) -> None:
-    """Refuses a tar that is cut off, even where it is cut between two members.
-
-    Raises:
-        ValueError: it is.
-    """
+def _scan(path: Path, url: str, split: str, resolution: int | None) -> _ShardStats:
+    labels: dict[str, int] = {}
+    keys: list[str] = []
+    stats = _ShardStats()
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - len(END)))
-        if size < len(END) or file.read() != END:
-            raise ValueError("it does not end as a tar does; it is cut off, or compressed")
+        file.seek(max(0, size - len(TAR_END)))
+        if size < len(TAR_END) or file.read() != TAR_END:  # also detects a tar that is cut between two members
+            raise ValueError("does not end as a tar does; it is cut off, or compressed")
+        for member, content in iter_members(file):
+            kind = member_type(member)
+            key = member[: len(member) - len(kind)]
+            try:
+                if kind == "cls":
+                    labels[key] = int(content)
+                    if not -1 <= labels[key] <= MAX_LABEL:
+                        raise ValueError(f"a label must be from -1 to {MAX_LABEL:,}")
+                elif f".{kind}" in SUFFIXES:
+                    keys.append(key)
+                    stats.types["jpg" if kind == "jpeg" else kind] += 1
+                    stats.shapes[_decoded_shape(content, resolution)] += 1
+            except ValueError as error:
+                raise ValueError(f"{member} cannot be read ({error}); repair or remove it") from None
+        if not keys:
+            raise ValueError(f"holds no image ({', '.join(SUFFIXES)})")
+        if len(set(keys)) < len(keys):
+            raise ValueError("a sample has several images, or two samples have one name")
+        digests = {}
+        for algorithm in ("md5", "sha256"):
+            file.seek(0)
+            digests[algorithm] = hashlib.file_digest(file, algorithm).hexdigest()
+    stats.record = {
+        "url": url,
+        "nsamples": len(keys),
+        "filesize": size,
+        "md5sum": digests["md5"],
+        "sha256": digests["sha256"],
+        "pixels_sha256": None,
+        "split": split,
+        "labels": [labels.get(key, -1) for key in keys],
+    }
+    return stats
 
 
-def _scan(path: Path, url: str, name: str, split: str, resolution: int | None) -> _Found:
-    """Reads a shard and decodes all of its images. `name` is how it is called in messages."""
-    labels: dict[str, int] = {}
-    images: list[str] = []
-    kinds, shapes = Counter[str](), Counter[tuple[int, int, int]]()
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("not a file")
-        _check_end(path)
-        file = path.open("rb")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    with file:
-        try:
-            for member, content in members(file):
-                kind = kind_of(member)
-                key = member[: len(member) - len(kind)]
-                try:
-                    if kind == "cls":
-                        labels[key] = _label(content)
-                    elif f".{kind}" in SUFFIXES:
-                        images.append(key)
-                        kinds["jpg" if kind == "jpeg" else kind] += 1
-                        shapes[_shape(content, resolution)] += 1
-                except ValueError as error:
-                    raise ValueError(f"{member} cannot be read ({error}); mend it or take it out") from None
-        except ValueError as error:
-            raise UserError(f"{name}: {one_line(error)}") from None
-        if not images:
-            raise UserError(f"{name}: holds no image ({', '.join(SUFFIXES)})")
-        if len(set(images)) < len(images):
-            raise UserError(f"{name}: a sample holds several images, or two samples have one name")
-        entry = {
-            "url": url,
-            "nsamples": len(images),
-            "filesize": path.stat().st_size,
-            "md5sum": _digest(file, "md5"),
-            "sha256": _digest(file, "sha256"),
-            "pixels_sha256": None,
-            "split": split,
-            "labels": [labels.get(key, -1) for key in images],
-        }
-    return _Found(entry, kinds, shapes)
-
-
-def _label(content: bytes) -> int:
-    label = int(content)
-    if not -1 <= label <= MOST_LABEL:
-        raise ValueError(f"a label is a number from -1 to {MOST_LABEL:,}")
-    return label
-
-
-def _shape(content: bytes, resolution: int | None) -> tuple[int, int, int]:
-    """Shape of an image as it will be read. It is decoded, so that training does not stumble over it.
-
-    Raises:
-        ValueError: it cannot be decoded.
-    """
+def _decoded_shape(content: bytes, resolution: int | None) -> tuple[int, ...]:
+    """Decodes an image and returns its shape as it will be read. Decoding now detects damage before training."""
     if resolution is not None:
-        return square(io.BytesIO(content), resolution).shape
-    with opened(io.BytesIO(content), FORMATS) as image:
+        return center_crop_resize(io.BytesIO(content), resolution).shape
+    with open_image(io.BytesIO(content), FORMATS) as image:
         height, width = image.height, image.width
-    if max(height, width) > MOST_SIDE:
-        raise ValueError(f"it is {width}x{height}, more than {MOST_SIDE} a side; give --resolution R to have it resized")
+    if max(height, width) > MAX_IMAGE_SIDE:
+        raise ValueError(f"it is {width}x{height}, more than {MAX_IMAGE_SIDE} a side; give --resolution R to resize it")
     pixels = np.empty((height, width, 3), np.uint8)
-    decode(content, pixels)
+    decode_image(content, pixels)
     return pixels.shape
-
-
-def _digest(file: BufferedReader, algorithm: str) -> str:
-    file.seek(0)
-    return hashlib.file_digest(file, algorithm).hexdigest()

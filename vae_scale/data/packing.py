@@ -1,61 +1,56 @@
-"""Images of a source to shards: in order, in parallel, complete or absent, and the same bytes every time."""
+"""Packing of a source of images into shards: resumable, in parallel, with reproducible bytes."""
 
-import hashlib
-import json
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy.typing as npt
 from tqdm import tqdm
 
-from vae_scale.data.images import Images
 from vae_scale.data.parts import (
-    WHOLE,
-    Header,
-    Job,
     Journal,
+    JournalHeader,
     Part,
-    Record,
-    check,
-    journals,
+    ShardJob,
+    ShardRecord,
+    check_shards,
+    fingerprint,
+    is_complete,
     list_jobs,
-    read_journal,
-    remove_journals,
     write_manifests,
 )
 from vae_scale.data.shard_file import FORMAT_VERSION, Layout, write_shard
-from vae_scale.data.shards import ShardSet
-from vae_scale.errors import UserError
+
+Arrays = npt.NDArray[Any]
 
 
 class Split(Protocol):
-    """The images of one split. `labels` gives their number; -1 stands for no label."""
+    """The samples of one split. `labels` has one entry per sample; -1 means no label."""
 
     name: str
     labels: list[int]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, 3) of every image."""
+    def shape(self) -> tuple[int, ...]:
+        """Shape of every sample: (H, W, 3) of images."""
 
     def fetch(self, start: int, stop: int) -> Any:
-        """What is needed to decode images start..stop. Called in order and by one thread at a time."""
+        """Reads what `decode` needs for samples start..stop. Called in order, by the thread that packs."""
 
-    def decode(self, raw: Any) -> Images:
-        """What `fetch` gave, as contiguous uint8 [n, H, W, 3]. Called by any thread."""
+    def decode(self, raw: Any) -> Arrays:
+        """Returns the samples, contiguous: uint8 [n, H, W, 3] of images. Called by any thread."""
 
 
 @dataclass
 class Source:
-    """What there is to pack.
+    """The images to pack.
 
     Attributes:
-        splits: In the order in which they are read best.
-        class_names: Of labels 0, 1, ...; may be empty.
-        hashes: Computes the sha256 of each source file, or of what identifies the source.
+        splits: In the order in which they are read most efficiently.
+        class_names: Names of labels 0, 1, ...; may be empty.
+        hashes: Computes the sha256 of each source file, or a digest that identifies the source.
         folds: STL-10's ten folds: rows of the train split.
     """
 
@@ -66,14 +61,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How to pack.
+class PackOptions:
+    """Options of `pack`.
 
     Attributes:
         name: First part of every shard's name.
         encoding: npy, png, jpg or webp.
         images_per_shard: The last shard of a split may hold fewer.
-        limit: Images of each split, at most.
+        limit: Maximum number of images per split.
     """
 
     name: str
@@ -82,118 +77,142 @@ class Packing:
     limit: int | None = None
 
 
-def pack(source: Source, out: Path, packing: Packing, workers: int, part: Part = WHOLE) -> bool:
-    """Writes shards into `out`, and their manifests where it writes all; goes on where an interrupted call stopped.
+def pack(source: Source, out: Path, options: PackOptions, workers: int, part: Part | None = None) -> bool:
+    """Writes the shards of a part, and the manifests if there is only one part. Resumes an interrupted pack.
 
     Args:
         source: The images.
-        out: Made if it is missing. Other parts may be written into it at the same time.
-        packing: How.
+        out: Created if missing. Other parts may be written to it at the same time.
+        options: Name, encoding and size of the shards.
         workers: Threads that decode, encode and hash. The bytes written do not depend on it.
-        part: Which of the shards.
+        part: Part to write; by default everything.
 
     Returns:
-        False where nothing was left to do.
+        Whether anything was written.
 
     Raises:
         UserError: `out` holds another set, or an image cannot be read.
-        OSError: the disk is full. Nothing incomplete stays under a final name.
+        OSError: the disk is full. No incomplete file is left under a final name.
     """
-    rows = _rows(source, packing)
-    jobs = part.of(list_jobs(packing.name, rows, packing.images_per_shard))
+    part = part or Part()
+    sizes = {split.name: min(len(split.labels), options.limit or len(split.labels)) for split in source.splits}
+    jobs = list_jobs(options.name, sizes, options.images_per_shard)
     with ThreadPoolExecutor(1, "hashing") as pool:
-        # The hashes of the sources take a pass over all of them. The first shards are written meanwhile, except where
-        # there is something that must be of the same sources.
-        header = pool.submit(_header, source, packing)
-        if (out / "index.json").exists():
-            if ShardSet.open(out).fingerprint != header.result()["vae_scale"]["fingerprint"]:
-                raise UserError(f"{out}: holds a complete set of another source or other options; choose another --out")
-            remove_journals(out)
+        # Hashing the sources takes a pass over all of them. The first shards are written meanwhile, unless `out` holds
+        # something that has to be compared with the hashes.
+        header = pool.submit(_make_header, source, sizes, options)
+        if is_complete(out, header):
             return False
-        out.mkdir(parents=True, exist_ok=True)
-        noted = _noted(out, part, header)
-        journal, done = Journal(out, part, header), {}
-        total = sum(job.stop - job.start for job in jobs)
+        total = sum(job.stop - job.start for job in part.select(jobs))
         with tqdm(total=total, unit=" images", unit_scale=True, desc=f"packing {out}", smoothing=0.1) as bar:
-            for record, problem in check(out, [noted[job.url] for job in jobs if job.url in noted], workers):
-                if problem is None:
-                    done[record["url"]] = record
-                    bar.update(record["nsamples"])
-            todo = [job for job in jobs if job.url not in done]
-            for record in _write_all(todo, source, out, packing.encoding, workers):
-                journal.add(record)
-                done[record["url"]] = record
-                bar.update(record["nsamples"])
-        journal.flush()
-        if part == WHOLE:
-            write_manifests(out, header.result(), done)
-            remove_journals(out)
-    return bool(todo) or part == WHOLE
+            journal = Journal(out, part, header)
+            records, written = write_shards(source.splits, jobs, journal, options.encoding, workers, bar)
+        if part.count == 1:
+            write_manifests(out, options.name, [records[job.url] for job in jobs], header.result()["vae_scale"])
+    return written > 0 or part.count == 1
 
 
-def _rows(source: Source, packing: Packing) -> dict[str, int]:
-    """Images of each split that are packed."""
-    return {split.name: min(len(split.labels), packing.limit or len(split.labels)) for split in source.splits}
-
-
-def _header(source: Source, packing: Packing) -> Header:
-    rows, sources = _rows(source, packing), source.hashes()
-    wanted = {
+def _make_header(source: Source, sizes: dict[str, int], options: PackOptions) -> JournalHeader:
+    sources = source.hashes()
+    identity = {
         "format_version": FORMAT_VERSION,
-        "packing": vars(packing),
+        "packing": vars(options),
         "splits": {split.name: len(split.labels) for split in source.splits},
         "sources": sources,
     }
-    layout = Layout(packing.encoding, source.splits[0].shape)
-    ours = {
+    layout = Layout(options.encoding, source.splits[0].shape)
+    info = {
         "version": FORMAT_VERSION,
-        "fingerprint": hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest(),
-        "encoding": packing.encoding,
+        "fingerprint": fingerprint(identity),
+        "encoding": options.encoding,
         "image_shape": layout.shape,
         "stride": layout.stride,
         "offset": layout.offset,
         "class_names": source.class_names,
         "sources": sources,
-        "splits": rows,
+        "splits": sizes,
     }
-    if source.folds and all(row < rows["train"] for fold in source.folds for row in fold):
-        ours["folds"] = source.folds
-    return {"name": packing.name, "images_per_shard": packing.images_per_shard, "vae_scale": ours}
+    if source.folds and all(row < sizes["train"] for fold in source.folds for row in fold):
+        info["folds"] = source.folds
+    return {"name": options.name, "images_per_shard": options.images_per_shard, "vae_scale": info}
 
 
-def _noted(out: Path, part: Part, header: Future[Header]) -> dict[str, Record]:
-    """The shards that an interrupted call noted. What others noted in `out` must be of the same set."""
-    noted: dict[str, Record] = {}
-    for other, path in journals(out).items():
-        theirs, records = read_journal(path)
-        if theirs["vae_scale"]["fingerprint"] != header.result()["vae_scale"]["fingerprint"]:
-            raise UserError(f"{out}: holds an interrupted pack of another source or other options; choose another --out")
-        if other.count != part.count:
-            raise UserError(f"{out}: holds part {other} of an interrupted pack, not of {part.count}; choose another --out")
-        if other == part:
-            noted = records
-    return noted
+def write_shards(
+    splits: Sequence[Split],
+    jobs: Sequence[ShardJob],
+    journal: Journal,
+    encoding: str,
+    workers: int,
+    bar: "tqdm[Any]",
+    any_division: bool = False,
+    extra_fields: Callable[[Arrays], ShardRecord] = lambda samples: {},
+) -> tuple[dict[str, ShardRecord], int]:
+    """Writes those shards of the journal's part that an interrupted call did not finish.
+
+    Args:
+        splits: The samples.
+        jobs: All shards of the set.
+        journal: Records finished shards; its folder is where shards are written.
+        encoding: One of `ENCODINGS`.
+        workers: Threads that decode, encode and hash.
+        bar: Counts samples.
+        any_division: Whether to reuse shards of an interrupted call that divided the set into another number of parts.
+        extra_fields: Computes fields that are added to a shard's record.
+
+    Returns:
+        The records of all shards of the part by file name, and how many of them this call wrote.
+
+    Raises:
+        UserError: as `pack`.
+    """
+    journal.out.mkdir(parents=True, exist_ok=True)
+    jobs = journal.part.select(jobs)
+    urls = {job.url for job in jobs}
+    recorded = [(part, record) for part, record in journal.read(any_division) if record["url"] in urls]
+    checked = check_shards(journal.out, [record for _, record in recorded], workers)
+    finished: dict[str, ShardRecord] = {}
+    for (part, _), (record, problem) in zip(recorded, checked, strict=True):
+        if problem is None and record["url"] not in finished:
+            finished[record["url"]] = record
+            bar.update(record["nsamples"])
+            if part != journal.part:
+                journal.add(record)
+    remaining = [job for job in jobs if job.url not in finished]
+    for record in _write_all(remaining, splits, journal.out, encoding, workers, extra_fields):
+        journal.add(record)
+        finished[record["url"]] = record
+        bar.update(record["nsamples"])
+    journal.flush()
+    return finished, len(remaining)
 
 
-def _write_all(todo: list[Job], source: Source, out: Path, encoding: str, workers: int) -> Iterator[Record]:
-    """Writes shards in `workers` threads; yields their records as they are finished."""
-    splits = {split.name: split for split in source.splits}
-    jobs, reading = iter(todo), threading.Lock()
+def _write_all(
+    jobs: list[ShardJob],
+    splits: Sequence[Split],
+    out: Path,
+    encoding: str,
+    workers: int,
+    extra_fields: Callable[[Arrays], ShardRecord],
+) -> Iterator[ShardRecord]:
+    """Writes shards in `workers` threads, no more than that at a time; yields the records of finished ones."""
+    by_name = {split.name: split for split in splits}
 
-    def write_next() -> Record:
-        with reading:
-            job = next(jobs)
-            split = splits[job.split]
-            raw = split.fetch(job.start, job.stop)
-        images = split.decode(raw)
-        del raw  # a worker holds images twice, not three times
+    def write(job: ShardJob, raw: list[Any]) -> ShardRecord:
+        split = by_name[job.split]
+        samples = split.decode(raw.pop())  # drops the last reference: a worker holds a shard twice, not three times
         keys = [f"{job.split}-{row:08d}" for row in range(job.start, job.stop)]
         labels = split.labels[job.start : job.stop]
-        return write_shard(out / job.url, keys, labels, images, encoding) | {"split": job.split, "labels": labels}
+        record = write_shard(out / job.url, keys, labels, samples, encoding)
+        return record | {"split": job.split, "labels": labels} | extra_fields(samples)
 
+    pending: set[Future[ShardRecord]] = set()
     with ThreadPoolExecutor(workers, "packing") as pool:
         try:
-            for future in as_completed([pool.submit(write_next) for _ in todo]):
-                yield future.result()
+            for job in jobs:
+                if len(pending) == workers:
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+                pending.add(pool.submit(write, job, [by_name[job.split].fetch(job.start, job.stop)]))
+            yield from (future.result() for future in as_completed(pending))
         finally:
             pool.shutdown(cancel_futures=True)

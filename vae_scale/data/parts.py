@@ -1,29 +1,30 @@
-"""A pack's list of shards, shared out between machines: journals of what is finished, and the manifests at the end."""
+"""Division of a pack into parts, the journals that make it resumable, and the manifests of a complete set."""
 
 import contextlib
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from vae_scale.data.shard_file import shard_name
 from vae_scale.errors import UserError
+from vae_scale.files import atomic_path, sha256_of
 
-Record = dict[str, Any]  # a shard's entry in the manifest
-RECORD = {"url", "split", "nsamples", "filesize", "md5sum", "sha256", "pixels_sha256", "labels"}  # its keys
-Header = dict[str, Any]  # first line of a journal: all that the manifests say, except for the shards
+T = TypeVar("T")
+ShardRecord = dict[str, Any]  # a shard's entry in the manifest
+RECORD_KEYS = {"url", "split", "nsamples", "filesize", "md5sum", "sha256", "pixels_sha256", "labels"}
+JournalHeader = dict[str, Any]  # first line of a journal: name, images_per_shard, and vae_scale as in the manifest
 
 
 @dataclass(frozen=True)
-class Job:
-    """One shard to be written: rows start..stop of a split."""
+class ShardJob:
+    """One shard to write: rows start..stop of a split."""
 
     url: str
     split: str
@@ -31,18 +32,18 @@ class Job:
     stop: int
 
 
-def list_jobs(name: str, rows: dict[str, int], images_per_shard: int) -> list[Job]:
-    """All shards of a set whose splits have `rows` images."""
+def list_jobs(name: str, split_sizes: dict[str, int], images_per_shard: int) -> list[ShardJob]:
+    """Lists all shards of a set."""
     return [
-        Job(shard_name(name, split, number), split, start, min(start + images_per_shard, count))
-        for split, count in rows.items()
-        for number, start in enumerate(range(0, count, images_per_shard))
+        ShardJob(shard_name(name, split, number), split, start, min(start + images_per_shard, size))
+        for split, size in split_sizes.items()
+        for number, start in enumerate(range(0, size, images_per_shard))
     ]
 
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """Part `number` of `count`, from 1. A pack by one process is part 1 of 1."""
+    """Part `number` (from 1) of `count`. One process that packs everything is part 1 of 1."""
 
     number: int = 1
     count: int = 1
@@ -50,220 +51,255 @@ class Part:
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
-    @staticmethod
-    def parse(text: str) -> "Part":
-        """`i/n` as --part takes it.
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Parses `i/n`.
 
         Raises:
-            UserError: it is none.
+            UserError: the text is not of this form, or i is out of range.
         """
         match = re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", text)
         if not match:
             raise UserError(f"--part {text}: write it as i/n, part i of n, for example 2/4")
-        part = Part(int(match[1]), int(match[2]))
+        part = cls(int(match[1]), int(match[2]))
         if not 1 <= part.number <= part.count:
-            raise UserError(f"--part {text}: there are parts 1/{part.count} to {part.count}/{part.count}")
+            raise UserError(f"--part {text}: must be from 1/{part.count} to {part.count}/{part.count}")
         return part
 
-    def of(self, jobs: list[Job]) -> list[Job]:
-        """Its share of the shards: neighbours, so that an archive is read no further than needed."""
-        begin, end = (number * len(jobs) // self.count for number in (self.number - 1, self.number))
-        return jobs[begin:end]
+    def select(self, items: Sequence[T]) -> Sequence[T]:
+        """Returns the items of this part: neighbours, so that a part reads one range of an archive."""
+        begin, end = (number * len(items) // self.count for number in (self.number - 1, self.number))
+        return items[begin:end]
 
     @property
-    def journal(self) -> str:
-        """File name of its journal."""
+    def journal_name(self) -> str:
+        """File name of this part's journal."""
         return ".packing.jsonl" if self.count == 1 else f".packing-{self.number}-of-{self.count}.jsonl"
 
 
-WHOLE = Part()
-
-
-def journals(folder: Path) -> dict[Part, Path]:
-    """The journals in a folder, in order of their parts."""
-    found = {}
+def find_journals(folder: Path) -> dict[Part, Path]:
+    """Returns the journals in a folder, sorted by part."""
+    journals = {}
     for path in folder.glob(".packing*.jsonl"):
-        if match := re.fullmatch(r"\.packing-(\d+)-of-(\d+)\.jsonl", path.name):
-            found[Part(int(match[1]), int(match[2]))] = path
-        elif path.name == WHOLE.journal:
-            found[WHOLE] = path
-    return dict(sorted(found.items()))
+        if match := re.fullmatch(r"\.packing(?:-(\d+)-of-(\d+))?\.jsonl", path.name):
+            journals[Part(int(match[1] or 1), int(match[2] or 1))] = path
+    return dict(sorted(journals.items()))
 
 
-def read_journal(path: Path) -> tuple[Header, dict[str, Record]]:
-    """A journal's header and its shards' records, by file name.
+def remove_journals(folder: Path) -> None:
+    """Removes the journals of a complete set."""
+    for path in find_journals(folder).values():
+        path.unlink(missing_ok=True)
+
+
+def read_journal(path: Path) -> tuple[JournalHeader, dict[str, ShardRecord]]:
+    """Returns a journal's header and the records of its finished shards by file name.
 
     Raises:
-        UserError: it has no header of this version.
+        UserError: the first line is not a valid header.
     """
     lines: list[Any] = []
     for line in path.read_text("utf-8", "replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # a line that was being written when the process was stopped
+        with contextlib.suppress(ValueError, RecursionError):  # the last line is incomplete if the process was killed
             lines.append(json.loads(line))
     if not lines or not _is_header(lines[0]):
-        raise UserError(f"{path}: not a journal of this vae_scale; remove it, and pack again")
-    records = [line for line in lines[1:] if isinstance(line, dict) and line.keys() >= RECORD]
+        raise UserError(f"{path}: not a journal of this version of vae_scale; remove it and run the command again")
+    records = [line for line in lines[1:] if isinstance(line, dict) and line.keys() >= RECORD_KEYS]
     return lines[0], {str(record["url"]): record for record in records}
 
 
 def _is_header(line: Any) -> bool:
-    """Whether this may be the first line of a journal, of which file names and numbers of shards are made."""
+    # File names and shard counts are derived from a header, so its values are validated.
     try:
-        ours, size, plain = line["vae_scale"], line["images_per_shard"], r"[\w-]+"
-        counts = all(re.fullmatch(plain, split) and 0 < count <= 2**40 for split, count in ours["splits"].items())
-        return counts and bool(re.fullmatch(plain, line["name"])) and size > 0 and isinstance(ours["fingerprint"], str)
+        info, names = line["vae_scale"], [line["name"], *line["vae_scale"]["splits"]]
+        is_named = all(re.fullmatch(r"[\w-]+", name) for name in names)
+        is_sized = line["images_per_shard"] > 0 and all(0 < size <= 2**40 for size in info["splits"].values())
+        return is_named and is_sized and isinstance(info["fingerprint"], str)
     except (KeyError, TypeError, AttributeError):
         return False
 
 
 class Journal:
-    """Notes the finished shards of one part, while the set is incomplete.
+    """The journal of one part: a header, then one record per finished shard.
 
-    Its header has the hashes of the sources, which may still be computed while the first shards are written; until
-    then records wait in memory, and a kill loses them.
+    The header contains the hashes of the sources, which may still be computed while the first shards are written. Until
+    then, records are kept in memory.
     """
 
-    def __init__(self, out: Path, part: Part, header: Future[Header]) -> None:
-        self.path = out / part.journal
-        self._header = header
-        self._waiting: list[Record] = []
+    def __init__(self, out: Path, part: Part, header: Future[JournalHeader]) -> None:
+        self.out, self.part, self._header = out, part, header
+        self._pending: list[ShardRecord] = []
 
-    def add(self, record: Record) -> None:
-        """Notes a shard that is finished."""
-        self._waiting.append(record)
+    def read(self, any_division: bool) -> Iterator[tuple[Part, ShardRecord]]:
+        """Yields the records of all journals in the folder, each with the part that wrote it.
+
+        Raises:
+            UserError: a journal is of another set, or, unless `any_division`, of a set divided into another number of parts.
+        """
+        for part, path in find_journals(self.out).items():
+            header, records = read_journal(path)
+            if header["vae_scale"]["fingerprint"] != self._header.result()["vae_scale"]["fingerprint"]:
+                raise UserError(
+                    f"{self.out}: holds an interrupted set of another source or other options; choose another --out"
+                )
+            if part.count != self.part.count and not any_division:
+                raise UserError(
+                    f"{self.out}: holds part {part} of an interrupted pack, not of {self.part.count}; choose another --out"
+                )
+            yield from ((part, record) for record in records.values())
+
+    def add(self, record: ShardRecord) -> None:
+        """Appends the record of a finished shard."""
+        self._pending.append(record)
         if self._header.done():
             self.flush()
 
     def flush(self) -> None:
-        """Notes all that waits."""
-        if not self.path.exists():
-            write_json(self.path, self._header.result())
-        with self.path.open("a") as file:
-            file.writelines("\n" + json.dumps(record) for record in self._waiting)
-        self._waiting.clear()
+        """Writes all pending records."""
+        path = self.out / self.part.journal_name
+        if not path.exists():
+            _write_line(path, self._header.result())
+        with path.open("a") as file:
+            file.writelines("\n" + json.dumps(record) for record in self._pending)
+        self._pending.clear()
 
 
-def check(out: Path, records: Iterable[Record], workers: int) -> Iterator[tuple[Record, str | None]]:
-    """Compares shards with their records, in parallel. Yields what is wrong with each, or None."""
+def check_shards(out: Path, records: Iterable[ShardRecord], workers: int) -> Iterator[tuple[ShardRecord, str | None]]:
+    """Compares size and sha256 of shards with their records. Yields each record with its problem, or None."""
 
-    def compare(record: Record) -> tuple[Record, str | None]:
+    def check(record: ShardRecord) -> tuple[ShardRecord, str | None]:
         path = out / record["url"]
         if not path.is_file():
             return record, "is missing"
         if (size := path.stat().st_size) != record["filesize"]:
-            return record, f"has {size} bytes, not {record['filesize']}"
-        with path.open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
-        return record, None if same else "is damaged: its sha256 is another"
+            return record, f"has {size} bytes, expected {record['filesize']}"
+        return record, None if sha256_of(path) == record["sha256"] else "is damaged: its sha256 does not match"
 
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(compare, records)
+        yield from pool.map(check, records)
 
 
 def merge(out: Path, workers: int) -> list[str]:
-    """Makes one set of the parts in `out`, the same files as if it had been packed at once. A complete set is left alone.
+    """Combines the parts in `out` into one set, with the same files as a pack by one process.
 
     Args:
-        out: Folder with the shards and the journals of all parts.
+        out: Folder with the shards and the journals of all parts. A complete set is not changed.
         workers: Threads that check the shards.
 
     Returns:
-        What is missing or wrong, one line each, and which part to run again; if there is anything, nothing was written.
+        Problems, one line each, with the part to run again. If there are any, nothing is written.
 
     Raises:
-        UserError: there are no parts, or those of more than one division.
+        UserError: there are no parts, or parts of different divisions.
     """
-    found = journals(out)
+    journals = find_journals(out)
     if (out / "index.json").exists():
         remove_journals(out)
         return []
-    if not found:
+    if not journals:
         raise UserError(
-            f"--merge {out}: no parts there; write them with --part, and copy their .packing-* files with the shards"
+            f"--merge {out}: no parts found; write them with --part and copy their .packing-* files with the shards"
         )
-    counts = sorted({part.count for part in found})
+    counts = sorted({part.count for part in journals})
     if counts == [1]:
         raise UserError(f"--merge {out}: holds an interrupted pack, not parts of one; run its command again")
     if len(counts) > 1:
-        kinds = ", ".join(part.journal for part in found)
-        raise UserError(f"--merge {out}: holds parts of different divisions ({kinds}); remove the journals that do not belong")
+        names = ", ".join(part.journal_name for part in journals)
+        raise UserError(f"--merge {out}: holds parts of different divisions ({names}); remove the journals of other divisions")
 
-    header, _ = read_journal(next(iter(found.values())))
+    header, _ = read_journal(next(iter(journals.values())))
+    jobs = list_jobs(header["name"], header["vae_scale"]["splits"], header["images_per_shard"])
     parts = [Part(number, counts[0]) for number in range(1, counts[0] + 1)]
-    owners = {job.url: part for part in parts for job in part.of(_all_jobs(header))}
-    records: dict[str, Record] = {}
+    owners = {job.url: part for part in parts for job in part.select(jobs)}
+    records: dict[str, ShardRecord] = {}
     problems = []
     for part in parts:
-        finished, problem = _finished(part, found.get(part), header)
-        records |= finished
+        urls = [job.url for job in part.select(jobs)]
+        part_records, problem = _read_part(part, journals.get(part), header, urls)
+        records |= part_records
         problems += [problem] if problem else []
     size = sum(record["filesize"] for record in records.values())
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"checking {out}") as bar:
-        for record, problem in check(out, records.values(), workers):
+        for record, problem in check_shards(out, records.values(), workers):
             bar.update(record["filesize"])
             if problem:
-                problems.append(f"{record['url']} {problem}; run --part {owners[record['url']]} again, or copy it again")
+                problems.append(f"{record['url']} {problem}; run --part {owners[record['url']]} again, or copy the file again")
     if not problems:
-        write_manifests(out, header, records)
-        remove_journals(out)
+        write_manifests(out, header["name"], [records[job.url] for job in jobs], header["vae_scale"])
     return problems
 
 
-def _finished(part: Part, journal: Path | None, header: Header) -> tuple[dict[str, Record], str | None]:
-    """What a part's journal says is finished, and what it lacks of the set that `header` describes."""
+def _read_part(
+    part: Part, journal: Path | None, header: JournalHeader, urls: list[str]
+) -> tuple[dict[str, ShardRecord], str | None]:
+    """Returns the records of a part's shards, and what it lacks of the set described by `header`, or None."""
     if journal is None:
-        return {}, f"part {part} is missing; run --part {part}, or copy {part.journal} and its shards"
-    own, records = read_journal(journal)
-    if own != header:
-        reason = f"part {part} is of another source or other options than the first"
-        return {}, f"{reason}; remove {journal.name} and run --part {part} again, with the first part's source and options"
-    mine = [job.url for job in part.of(_all_jobs(header))]
-    missing = [url for url in mine if url not in records]
+        return {}, f"part {part} is missing; run --part {part}, or copy {part.journal_name} and its shards"
+    part_header, records = read_journal(journal)
+    if part_header != header:
+        problem = f"part {part} is of another source or other options than the first part"
+        return {}, f"{problem}; remove {journal.name} and run --part {part} again, with the first part's source and options"
+    missing = [url for url in urls if url not in records]
     names = " to ".join(dict.fromkeys([missing[0], missing[-1]])) if missing else ""
-    problem = f"part {part} lacks {len(missing)} of its {len(mine)} shards ({names}); run --part {part} again"
-    return {url: records[url] for url in mine if url in records}, problem if missing else None
+    problem = f"part {part} lacks {len(missing)} of its {len(urls)} shards ({names}); run --part {part} again"
+    return {url: records[url] for url in urls if url in records}, problem if missing else None
 
 
-def remove_journals(out: Path) -> None:
-    """Removes the journals of a set that is complete."""
-    for path in journals(out).values():
-        path.unlink(missing_ok=True)
+def is_complete(out: Path, header: Future[JournalHeader]) -> bool:
+    """Returns whether `out` holds the complete set described by `header`. Removes left-over journals.
+
+    Raises:
+        UserError: `out` holds another set.
+    """
+    if not (out / "index.json").exists():
+        return False
+    try:
+        existing = json.loads((out / "index.json").read_text())["vae_scale"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        existing = None
+    if existing != header.result()["vae_scale"]["fingerprint"]:
+        raise UserError(f"{out}: holds a complete set of another source or other options; choose another --out")
+    remove_journals(out)
+    return True
 
 
-def write_manifests(out: Path, header: Header, records: dict[str, Record]) -> None:
-    """Writes sizes.json, _info.json and, last, index.json, which makes the set complete."""
-    ordered = [records[job.url] for job in _all_jobs(header)]
-    entries = [(record["url"], record["split"], record["nsamples"]) for record in ordered]
-    for name, content in side_manifests(header["name"], entries).items():
-        write_json(out / name, content)
-    kind = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": header["name"]}
-    write_json(out / "index.json", kind | {"shardlist": ordered, "vae_scale": header["vae_scale"]})
+def fingerprint(identity: Any) -> str:
+    """Returns the sha256 of a JSON value that identifies a set."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifests(out: Path, name: str, records: list[ShardRecord], info: dict[str, Any]) -> None:
+    """Writes sizes.json, _info.json and, last, index.json, which marks the set as complete; then removes the journals."""
+    for file_name, content in side_manifests(name, [(r["url"], r["split"], r["nsamples"]) for r in records]).items():
+        _write_line(out / file_name, content)
+    write_index(out, name, records, info)
+    remove_journals(out)
+
+
+def write_index(out: Path, name: str, records: list[ShardRecord], info: dict[str, Any]) -> None:
+    """Writes index.json."""
+    kind = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name}
+    _write_line(out / "index.json", kind | {"shardlist": records, "vae_scale": info})
 
 
 def side_manifests(name: str, shards: list[tuple[str, str, int]]) -> dict[str, Any]:
-    """What sizes.json (for open_clip) and _info.json (for timm) hold, given file name, split and images of each shard."""
-    splits = {
-        split: {
-            "name": split,
-            "num_samples": sum(samples for _, other, samples in shards if other == split),
-            "filenames": [url for url, other, _ in shards if other == split],
-            "shard_lengths": [samples for _, other, samples in shards if other == split],
-        }
-        for split in dict.fromkeys(split for _, split, _ in shards)
-    }
+    """Returns the content of sizes.json (for open_clip) and _info.json (for timm).
+
+    Args:
+        name: Name of the set.
+        shards: File name, split and number of images of each shard.
+    """
+    splits: dict[str, dict[str, Any]] = {}
+    for url, split, samples in shards:
+        entry = splits.setdefault(split, {"name": split, "num_samples": 0, "filenames": [], "shard_lengths": []})
+        entry["num_samples"] += samples
+        entry["filenames"].append(url)
+        entry["shard_lengths"].append(samples)
     return {"sizes.json": {url: samples for url, _, samples in shards}, "_info.json": {"name": name, "splits": splits}}
 
 
-def _all_jobs(header: Header) -> list[Job]:
-    return list_jobs(header["name"], header["vae_scale"]["splits"], header["images_per_shard"])
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes one line of JSON, as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # it may be a link to somewhere else
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _write_line(path: Path, content: dict[str, Any]) -> None:
+    """Writes one line of JSON atomically."""
+    with atomic_path(path) as temporary:
+        temporary.unlink(missing_ok=True)  # if it is a link, its target must not be overwritten
+        temporary.write_text(json.dumps(content))

@@ -1,7 +1,4 @@
-"""The demonstration's photographs: crops of those that the scikit-image wheel ships, written as STL-10's binaries.
-
-A crop is a random square of a photograph, most of its shorter side wide, as a hand-held camera would frame it.
-"""
+"""The data set of the demo: random crops of photographs from the scikit-image wheel, in the format of STL-10's binaries."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +10,7 @@ from tqdm import tqdm
 from vae_scale.data.images import Images
 from vae_scale.data.stl10 import SIDE, write_binaries
 from vae_scale.errors import UserError
-from vae_scale.randomness import key
+from vae_scale.randomness import derive_seed
 
 PHOTOS = {
     "astronaut": "astronaut.png",
@@ -23,12 +20,12 @@ PHOTOS = {
     "rocket": "rocket.jpg",
 }
 CROPS = {"train": 1_000, "unlabeled": 4_000, "test": 500}
-SMALLEST, LARGEST = 0.7, 1.0  # side of a crop over the photograph's shorter side
+MIN_SCALE, MAX_SCALE = 0.7, 1.0  # side of a crop relative to the photograph's shorter side
 CHUNK = 500
 
 
 def write_photos(folder: Path) -> None:
-    """Writes the crops into `folder` in the layout of STL-10's binaries, unless it is there; the same bytes every time.
+    """Writes the crops to `folder`, with reproducible bytes, unless it exists.
 
     Raises:
         UserError: scikit-image is not installed.
@@ -38,29 +35,25 @@ def write_photos(folder: Path) -> None:
     try:
         import skimage
     except ImportError:
-        raise UserError("--source photos needs scikit-image's photographs: pip install scikit-image") from None
-    data = Path(skimage.__file__).parent / "data"
-    photos = [Image.open(data / file).convert("RGB") for file in PHOTOS.values()]
+        raise UserError("--source photos requires scikit-image's photographs: pip install scikit-image") from None
+    photos = [Image.open(Path(skimage.__file__).parent / "data" / file).convert("RGB") for file in PHOTOS.values()]
 
-    bar = tqdm(total=sum(CROPS.values()), unit=" crops", unit_scale=True, desc=f"cropping {len(photos)} photographs")
-
-    def crops(split: str) -> Iterator[tuple[Images, list[int]]]:
+    def make_crops(split: str) -> Iterator[tuple[Images, list[int]]]:
         for begin in range(0, CROPS[split], CHUNK):
             numbers = range(begin, min(begin + CHUNK, CROPS[split]))
             labels = [number % len(photos) for number in numbers]
-            yield np.stack([_crop(photos[number % len(photos)], split, number) for number in numbers]), labels
+            yield np.stack([_crop(photos[label], split, number) for number, label in zip(numbers, labels, strict=True)]), labels
             bar.update(len(numbers))
 
-    # Under a temporary name, so that an interruption leaves no half of it.
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    with bar:
-        write_binaries(temporary, {split: crops(split) for split in CROPS}, list(PHOTOS))
+    temporary = folder.with_name(f".{folder.name}.tmp")  # an interrupted call leaves no incomplete folder
+    with tqdm(total=sum(CROPS.values()), unit=" crops", unit_scale=True, desc=f"cropping {len(photos)} photographs") as bar:
+        write_binaries(temporary, {split: make_crops(split) for split in CROPS}, list(PHOTOS))
     temporary.replace(folder)
 
 
 def _crop(photo: Image.Image, split: str, number: int) -> Images:
-    draw = np.random.Generator(np.random.Philox(key=key(split, number, "crop"))).random(3)
-    side = min(photo.size) * (SMALLEST + (LARGEST - SMALLEST) * draw[0])
-    left, top = (photo.width - side) * draw[1], (photo.height - side) * draw[2]
+    scale, x, y = np.random.Generator(np.random.Philox(key=derive_seed(split, number, "crop"))).random(3)
+    side = min(photo.size) * (MIN_SCALE + (MAX_SCALE - MIN_SCALE) * scale)
+    left, top = (photo.width - side) * x, (photo.height - side) * y
     box = (left, top, left + side, top + side)
     return np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=box))

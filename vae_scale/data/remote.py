@@ -1,313 +1,222 @@
-"""Shards on other machines: web servers, object stores, and whatever a command can read."""
+"""Shards on web servers and object stores, read through fsspec."""
 
 import asyncio
 import concurrent.futures
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import logging
-import os
-import selectors
-import shlex
 import shutil
-import signal
-import subprocess
 import tempfile
 import time
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import quote, urlsplit
 
+from vae_scale.data.cache import Cache
 from vae_scale.data.shard_file import Shard
-from vae_scale.data.storage import INDEX_BYTES, SCHEMES, Cache, Storage, Unreadable
-from vae_scale.errors import UserError, one_line, shown
+from vae_scale.data.storage import MAX_INDEX_BYTES, SCHEMES, ShardReadError, Storage
+from vae_scale.errors import UserError, one_line, redact
+from vae_scale.files import sha256_of
 
-INDEXED_BYTES = 2**36  # of a shard that has no manifest yet, at most
-CHUNK = 2**20
-LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # faults of our own disk, not of a server
+MAX_SHARD_BYTES = 2**36  # of a shard without a manifest
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
-class Patience:
-    """When a fetch is given up.
+class RetryPolicy:
+    """How downloads are retried."""
 
-    Attributes:
-        attempts: In all.
-        pause: Seconds after the first; twice as many after each further one.
-        silence: Seconds without a byte after which an attempt is over.
-    """
-
-    attempts: int = 5
-    pause: float = 1.0
-    silence: float = 30.0
+    max_attempts: int = 5
+    initial_delay: float = 1.0  # seconds, doubled after each attempt
+    stall_timeout: float = 30.0  # seconds without data after which an attempt fails
 
 
-PATIENCE = Patience()
+RETRY_POLICY = RetryPolicy()
 logger = logging.getLogger(__name__)
 
 
-class _Fault(Exception):
-    """What was wrong with an attempt."""
+class _DownloadError(Exception):
+    """A download attempt failed and can be retried."""
 
 
-class Fetched(Storage):
-    """Files that must be fetched before they can be read: whole, and verified.
+class RemoteStorage(Storage):
+    """A folder at a URL that fsspec supports. Files are downloaded as a whole and verified.
 
-    A fault that may pass (no connection, silence, a server's error, missing or wrong bytes) is tried again as `PATIENCE`
-    says. What is left is a `UserError`; what was read is never less than was asked for.
+    Transient errors (no connection, stalled transfer, server error, wrong size or hash) are retried as `RETRY_POLICY` says.
     """
 
-    local = False
+    is_local = False
 
-    def __init__(self, location: str, cache: Cache) -> None:
-        self.location = shown(location).rstrip("/")
+    def __init__(self, url: str, cache: Cache) -> None:
+        self.url = url
+        self.location = redact(url).rstrip("/")
         self.cache = cache
 
-    @abstractmethod
-    def _fetch(self, name: str, part: Path, most: int) -> None:
-        """Writes file `name` (beside the manifest, or a whole URL) to `part`.
-
-        Raises:
-            Exception: it did not arrive, or is of more than `most` bytes.
-        """
-
-    def manifest(self) -> str:
-        hint = "is this the folder that python -m vae_scale.pack wrote, with its index.json?"
+    def read_manifest(self) -> str:
+        hint = "check that this is a folder written by python -m vae_scale.pack, with its index.json"
         with tempfile.TemporaryDirectory() as folder:
-            return self._attempt("index.json", Path(folder), INDEX_BYTES, _check_index, hint).read_text("utf-8")
+            return self._download("index.json", Path(folder), MAX_INDEX_BYTES, _check_json, hint).read_text("utf-8")
 
     def open(self, shard: Shard) -> BufferedReader:
-        lost = f"{shard.samples:,} images of split {shard.split} cannot be read"
+        impact = f"{shard.samples:,} images of split {shard.split} cannot be read"
         check = functools.partial(_check_shard, shard)
-        return self.cache.open(shard, lambda folder: self._attempt(shard.url, folder, shard.filesize, check, lost))
+        return self.cache.open(shard, lambda folder: self._download(shard.url, folder, shard.filesize, check, impact))
 
-    def fetch(self, url: str, folder: Path) -> Path:
-        """A file in `folder` with what is at a whole URL, of which nothing is known that it could be compared with.
+    def download(self, url: str, folder: Path) -> Path:
+        """Downloads a file of unknown content from a complete URL into `folder`, and returns its path.
 
         Raises:
-            UserError: it cannot be fetched.
+            UserError: The download failed.
         """
-        return self._attempt(url, folder, INDEXED_BYTES, lambda part: None, "it cannot be indexed")
+        return self._download(url, folder, MAX_SHARD_BYTES, lambda path: None, "it cannot be indexed")
 
-    def _attempt(self, name: str, folder: Path, most: int, check: Callable[[Path], None], consequence: str) -> Path:
-        """The path in `folder` of file `name`, which `check` has passed; after several attempts, if need be."""
-        label = shown(name) if "://" in name else f"{self.location}/{name}"
-        for attempt in range(1, PATIENCE.attempts + 1):
-            part = folder / str(attempt)  # a new file each time: what was cut off may still write to the last
+    def _download(self, name: str, folder: Path, max_bytes: int, check: Callable[[Path], None], impact: str) -> Path:
+        label = redact(name) if "://" in name else f"{self.location}/{name}"
+        url = name if "://" in name else _join(self.url, name)
+        for attempt in range(1, RETRY_POLICY.max_attempts + 1):
+            path = folder / str(attempt)  # a new file: a cancelled transfer may still write to the previous one
             try:
-                self._fetch(name, part, most)
-                check(part)
-                return part
+                _transfer(url, path, max_bytes)
+                check(path)
+                return path
             except UserError:
                 raise
-            except Exception as error:  # each library has its own
-                if isinstance(error, OSError) and error.errno in LOCAL:
+            except Exception as error:  # each library raises its own types
+                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                     raise
-                reason, final = _reason(error)
-            part.unlink(missing_ok=True)
-            if final:
-                raise Unreadable(f"{label}: {reason}; {consequence}")
-            if attempt < PATIENCE.attempts:
-                pause = PATIENCE.pause * 2 ** (attempt - 1)
-                logger.warning("%s: %s; trying again in %g s", label, reason, pause)
-                time.sleep(pause)
-        raise Unreadable(f"{label}: {reason}, at the last of {PATIENCE.attempts} attempts; {consequence}")
+                reason, is_permanent = _describe(error)
+            path.unlink(missing_ok=True)
+            if is_permanent:
+                raise ShardReadError(f"{label}: {reason}; {impact}")
+            if attempt < RETRY_POLICY.max_attempts:
+                delay = RETRY_POLICY.initial_delay * 2 ** (attempt - 1)
+                logger.warning("%s: %s; retrying in %g s", label, reason, delay)
+                time.sleep(delay)
+        raise ShardReadError(f"{label}: {reason}, after {RETRY_POLICY.max_attempts} attempts; {impact}")
 
 
-def _check_index(part: Path) -> None:
+class MixedStorage(Storage):
+    """A manifest that names some shards by complete URLs; the others are stored beside the manifest."""
+
+    is_local = False
+
+    def __init__(self, base: Storage, cache: Cache) -> None:
+        self.base = base
+        self.location = base.location
+        self.remote = RemoteStorage(self.location, cache)
+
+    def read_manifest(self) -> str:
+        return self.base.read_manifest()
+
+    def open(self, shard: Shard) -> BufferedReader:
+        return (self.remote if "://" in shard.url else self.base).open(shard)
+
+
+def _check_json(path: Path) -> None:
     try:
-        json.loads(part.read_bytes())
+        json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise _Fault("not whole JSON") from None
+        raise _DownloadError("invalid JSON") from None
 
 
-def _check_shard(shard: Shard, part: Path) -> None:
-    with part.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size != shard.filesize:
-            raise _Fault(f"{size:,} bytes came, the manifest says {shard.filesize:,}")
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            raise _Fault("its sha256 is not the manifest's")
+def _check_shard(shard: Shard, path: Path) -> None:
+    if (size := path.stat().st_size) != shard.filesize:
+        raise _DownloadError(f"received {size:,} bytes, the manifest says {shard.filesize:,}")
+    if sha256_of(path) != shard.sha256:
+        raise _DownloadError("its sha256 differs from the manifest")
 
 
-def _reason(error: Exception) -> tuple[str, bool]:
-    """What to say about a failed attempt, and whether another one is useless."""
-    if isinstance(error, _Fault):
-        return shown(str(error)), False
+def _describe(error: Exception) -> tuple[str, bool]:
+    """Returns the reason of a failed attempt, and whether retrying is pointless."""
+    if isinstance(error, _DownloadError):
+        return redact(str(error)), False
     if isinstance(error, FileNotFoundError):
         return "not found", True
     if isinstance(error, PermissionError):
         return "access denied", True
     # aiohttp, gcsfs, huggingface_hub
-    places = ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code"))
-    status = next((int(getattr(thing, name)) for thing, name in places if str(getattr(thing, name, "")).isdigit()), None)
+    sources = ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code"))
+    status = next((int(getattr(source, name)) for source, name in sources if str(getattr(source, name, "")).isdigit()), None)
     if status:
         return f"HTTP {status}", 400 <= status < 500 and status not in (408, 425, 429)
-    return f"{type(error).__name__} {shown(one_line(error))}".strip(), False
+    return f"{type(error).__name__} {redact(one_line(error))}".strip(), False
 
 
-class Remote(Fetched):
-    """A folder behind a URL that fsspec understands."""
+def _transfer(url: str, path: Path, max_bytes: int) -> None:
+    """Writes the content of `url` to `path`; raises if it exceeds `max_bytes` or stalls."""
+    filesystem = _filesystem(url.partition("://")[0])
+    import fsspec.asyn
 
-    def __init__(self, location: str, cache: Cache) -> None:
-        super().__init__(location, cache)
-        self.base = location
-
-    def _fetch(self, name: str, part: Path, most: int) -> None:
-        url = name if "://" in name else _inside(self.base, name)
-        files = _filesystem(url.partition("://")[0])
-        import fsspec.asyn
-
-        # All transfers are tasks of one thread. It is watched from here, since no library has a time-out for everything.
-        task = asyncio.run_coroutine_threadsafe(_get(files, url, part), fsspec.asyn.get_loop())
-        try:
-            size, heard = 0, time.monotonic()
-            while not concurrent.futures.wait([task], timeout=min(1.0, PATIENCE.silence / 4)).done:
-                now = _size(part)
-                if now > most:
-                    raise _Fault(f"more than {most:,} bytes came")
-                if now > size:
-                    size, heard = now, time.monotonic()
-                if time.monotonic() - heard > PATIENCE.silence:
-                    raise _Fault(f"silence for {PATIENCE.silence:g} s after {size:,} bytes")
-            task.result()
-        finally:
-            task.cancel()
-
-
-def _size(path: Path) -> int:
+    # All transfers are tasks of fsspec's event loop. They are monitored here, because no library has a timeout for every stall.
+    task = asyncio.run_coroutine_threadsafe(_get(filesystem, url, path), fsspec.asyn.get_loop())
+    timeout = RETRY_POLICY.stall_timeout
     try:
-        return path.stat().st_size
-    except FileNotFoundError:  # not begun, or taken back
-        return 0
+        size, last_progress = 0, time.monotonic()
+        while not concurrent.futures.wait([task], timeout=min(1.0, timeout / 4)).done:
+            received = size
+            with contextlib.suppress(FileNotFoundError):  # not created yet, or deleted by the library
+                received = path.stat().st_size
+            if received > max_bytes:
+                raise _DownloadError(f"received more than {max_bytes:,} bytes")
+            if received > size:
+                size, last_progress = received, time.monotonic()
+            if time.monotonic() - last_progress > timeout:
+                raise _DownloadError(f"no data for {timeout:g} s after {size:,} bytes")
+        task.result()
+    finally:
+        task.cancel()
 
 
-async def _get(files: Any, url: str, part: Path) -> None:
-    """Writes what is at `url` to `part` as it comes, in one request."""
-    if files.async_impl:
-        options = {"concurrency": 1} if "gs" in files.protocol else {}
-        await files._get_file(url, str(part), **options)
+async def _get(filesystem: Any, url: str, path: Path) -> None:
+    if filesystem.async_impl:
+        options = {"concurrency": 1} if "gs" in filesystem.protocol else {}
+        await filesystem._get_file(url, str(path), **options)
     else:
-        await asyncio.to_thread(_copy, files, url, part)
+        await asyncio.to_thread(_copy, filesystem, url, path)
 
 
-def _copy(files: Any, url: str, part: Path) -> None:
-    with files.open(url, "rb", block_size=0) as stream, part.open("wb") as file:
-        shutil.copyfileobj(stream, file, CHUNK)
+def _copy(filesystem: Any, url: str, path: Path) -> None:
+    with filesystem.open(url, "rb", block_size=0) as source, path.open("wb") as file:
+        shutil.copyfileobj(source, file, 2**20)
 
 
-def _inside(location: str, name: str) -> str:
-    """The URL of a file in a folder. A query, an access token say, goes with it."""
-    if not location.startswith("http"):
-        return f"{location.rstrip('/')}/{name}"
-    parts = urlsplit(location)
+def _join(url: str, name: str) -> str:
+    """Returns the URL of a file in a folder; the query, for example an access token, is kept."""
+    if not url.startswith("http"):
+        return f"{url.rstrip('/')}/{name}"
+    parts = urlsplit(url)
     return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
 
 
 @functools.cache
 def _filesystem(scheme: str) -> Any:
-    """fsspec's view of all that has this scheme; credentials are found as the protocol's library finds them."""
+    """Returns fsspec's file system for a URL scheme. Credentials come from the library of the protocol."""
     if scheme not in SCHEMES:
         raise UserError(f"data.shards {scheme}://...: not one of {', '.join(SCHEMES)}")
     try:
         if scheme in ("http", "https", "gs"):
             import aiohttp
 
-            # Its own limit is five minutes, however well the transfer goes.
-            patient = aiohttp.ClientTimeout(total=None)
+            no_timeout = aiohttp.ClientTimeout(total=None)  # the default limits a transfer to five minutes
         if scheme == "gs":
-            # The class that fsspec takes asks what kind of bucket it is by gRPC, for minutes where a firewall drops that.
+            # fsspec's default class asks for the type of the bucket by gRPC, which hangs for minutes behind some firewalls.
             from gcsfs.core import GCSFileSystem
 
-            return GCSFileSystem(requests_timeout=patient, skip_instance_cache=True)
+            return GCSFileSystem(requests_timeout=no_timeout, skip_instance_cache=True)
         import fsspec
 
         options: dict[str, Any] = {}
         if scheme.startswith("http"):
-            options = {"client_kwargs": {"timeout": patient, "trust_env": True}}
-        if scheme == "s3":
-            # One request per file and no attempts but ours, which tell what went wrong.
+            options = {"client_kwargs": {"timeout": no_timeout, "trust_env": True}}
+        if scheme == "s3":  # one request per file, and no retries besides those of RETRY_POLICY
             options = {"max_concurrency": 1, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
         return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except ImportError:
         library = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme, "aiohttp")
         extra = "gs" if scheme == "gs" else "remote"
-        raise UserError(f"data.shards {scheme}://...: needs {library}: pip install 'vae_scale[{extra}]'") from None
-
-
-class Pipe(Fetched):
-    """Files that a command writes to its standard output; in the command, `{}` stands for the file's name."""
-
-    def __init__(self, location: str, cache: Cache) -> None:
-        super().__init__(location, cache)
-        self.command = location.removeprefix("pipe:")
-        if "{}" not in self.command:
-            raise UserError(f"data.shards {self.location}: the command lacks {{}}, which stands for the name of a file")
-
-    def _fetch(self, name: str, part: Path, most: int) -> None:
-        command = self.command.replace("{}", shlex.quote(name))
-        with part.open("wb") as file, tempfile.TemporaryFile() as complaints:
-            process = subprocess.Popen(
-                command,
-                bufsize=0,
-                shell=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=complaints,
-                start_new_session=True,
-            )
-            assert process.stdout is not None
-            try:
-                with process.stdout:
-                    _receive(process.stdout, file, most)
-                code = process.wait(PATIENCE.silence)
-            except BaseException as error:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with all that the command started
-                process.wait()
-                if isinstance(error, subprocess.TimeoutExpired):  # whose text has the command in it
-                    raise _Fault(f"still running {PATIENCE.silence:g} s after the end of its output") from None
-                raise
-            if code:
-                complaints.seek(0)
-                lines = complaints.read().decode(errors="replace").split("\n")
-                last = next((line for line in reversed(lines) if line.strip()), "")
-                raise _Fault(f"exit code {code}: {last}" if last else f"exit code {code}")
-
-
-def _receive(stream: IO[bytes], file: IO[bytes], most: int) -> None:
-    size = 0
-    with selectors.DefaultSelector() as selector:
-        selector.register(stream, selectors.EVENT_READ)
-        while selector.select(PATIENCE.silence):
-            chunk = stream.read(CHUNK)
-            if not chunk:
-                return
-            size += len(chunk)
-            if size > most:
-                raise _Fault(f"more than {most:,} bytes came")
-            file.write(chunk)
-    raise _Fault(f"silence for {PATIENCE.silence:g} s after {size:,} bytes")
-
-
-class Elsewhere(Storage):
-    """Shards that a manifest names by whole URLs; others lie beside it."""
-
-    local = False
-
-    def __init__(self, index: Storage, cache: Cache) -> None:
-        self.index = index
-        self.location = index.location
-        self.remote = Remote(self.location, cache)
-
-    def manifest(self) -> str:
-        return self.index.manifest()
-
-    def open(self, shard: Shard) -> BufferedReader:
-        return (self.remote if "://" in shard.url else self.index).open(shard)
+        raise UserError(f"data.shards {scheme}://...: requires {library}: pip install 'vae_scale[{extra}]'") from None

@@ -1,11 +1,10 @@
-"""The official STL-10 binaries, from their folder, their archive, or the network.
+"""The official STL-10 binaries, read from their folder or archive, or downloaded.
 
 https://cs.stanford.edu/~acoates/stl10/: images are uint8, three planes of 96x96 in column-major order; labels are
 uint8, 1..10; train and test have labels, unlabeled has none.
 """
 
 import gzip
-import hashlib
 import tarfile
 import threading
 import zlib
@@ -20,58 +19,55 @@ from einops import rearrange
 from vae_scale.data.images import Images
 from vae_scale.data.packing import Source, Split
 from vae_scale.errors import UserError, one_line
+from vae_scale.files import sha256_of
 
 SIDE = 96
 IMAGE_BYTES = 3 * SIDE * SIDE
-OFFICIAL = {"train": 5_000, "test": 8_000, "unlabeled": 100_000}
-LABELLED = ("train", "test")
-SMALL_FILE = 10_000_000  # bytes; labels, class names and folds are far below
-MOST_IMAGES = 10_000_000  # of a split
-_BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, RecursionError)  # what a damaged archive raises
+OFFICIAL_SIZES = {"train": 5_000, "test": 8_000, "unlabeled": 100_000}
+LABELED_SPLITS = ("train", "test")
+MAX_METADATA_BYTES = 10_000_000  # labels, class names and folds are far smaller
+MAX_IMAGES = 10_000_000  # of a split
+_ARCHIVE_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, RecursionError)
 
 
 def planes_to_hwc(raw: bytes | Images) -> Images:
-    """Column-major planes, as the binaries hold them, to uint8 [n, 96, 96, 3]."""
+    """Converts column-major planes, as in the binaries, to uint8 [n, 96, 96, 3]."""
     planes = rearrange(np.frombuffer(raw, np.uint8), "(n c w h) -> c n h w", c=3, w=SIDE, h=SIDE)
     images = np.empty((*planes.shape[1:], 3), np.uint8)
-    for colour, plane in enumerate(planes):  # one by one, they take a third of the time
-        images[..., colour] = plane
+    for channel, plane in enumerate(planes):  # three times as fast as one assignment
+        images[..., channel] = plane
     return images
 
 
 def hwc_to_planes(images: Images) -> bytes:
-    """The inverse of `planes_to_hwc`."""
+    """Inverts `planes_to_hwc`."""
     return np.ascontiguousarray(rearrange(images, "n h w c -> n c w h")).tobytes()
 
 
 def open_stl10(path: Path, splits: list[str]) -> Source:
-    """STL-10 in `path`: the folder of binaries, a folder that holds `stl10_binary`, or `stl10_binary.tar.gz`.
+    """Opens STL-10: a folder of binaries, a folder that contains `stl10_binary`, or `stl10_binary.tar.gz`.
 
     Raises:
         UserError: a file is missing, truncated or of a wrong size, or a label is out of range.
     """
-    unknown = sorted(set(splits) - set(OFFICIAL))
-    if unknown:
-        raise UserError(f"--splits {','.join(unknown)}: STL-10 has {', '.join(OFFICIAL)}")
-    if path.is_file():
-        return _source(_Archive(path), splits)
-    for folder in (path, path / "stl10_binary"):
-        if folder.is_dir() and any(folder.glob("*_X.bin")):
-            return _source(_Folder(folder), splits)
-    archive = path / "stl10_binary.tar.gz"
-    if archive.is_file():
-        return _source(_Archive(archive), splits)
+    if unknown := sorted(set(splits) - set(OFFICIAL_SIZES)):
+        raise UserError(f"--splits {','.join(unknown)}: STL-10 has {', '.join(OFFICIAL_SIZES)}")
+    for place in (path, path / "stl10_binary", path / "stl10_binary.tar.gz"):
+        if place.is_file():
+            return _make_source(_Archive(place), splits)
+        if place.is_dir() and any(place.glob("*_X.bin")):
+            return _make_source(_Folder(place), splits)
     raise UserError(
-        f"--data {path}: neither STL-10's binaries (train_X.bin ...) nor stl10_binary.tar.gz are there; "
+        f"--data {path}: contains neither STL-10's binaries (train_X.bin ...) nor stl10_binary.tar.gz; "
         "give their folder, or add --download"
     )
 
 
 def download(folder: Path) -> Path:
-    """Fetches `stl10_binary.tar.gz` (2.6 GB) into `folder` unless it is there, and checks its md5.
+    """Downloads `stl10_binary.tar.gz` (2.6 GB) to `folder` unless it exists, and checks its md5.
 
     Raises:
-        UserError: it cannot be fetched, or its md5 is wrong.
+        UserError: the download fails, or the md5 is wrong.
     """
     from torchvision.datasets import STL10
     from torchvision.datasets.utils import download_url
@@ -84,26 +80,6 @@ def download(folder: Path) -> Path:
     return folder / STL10.filename
 
 
-@dataclass
-class _Binary:
-    """One split: labels in memory, images read on demand and in order."""
-
-    name: str
-    labels: list[int]
-    files: "_Folder | _Archive"
-    shape: tuple[int, int, int] = (SIDE, SIDE, 3)
-
-    def fetch(self, start: int, stop: int) -> bytes | Images:
-        name = f"{self.name}_X.bin"
-        raw = self.files.read(name, start * IMAGE_BYTES, (stop - start) * IMAGE_BYTES)
-        if len(raw) != (stop - start) * IMAGE_BYTES:
-            raise UserError(f"{self.files.path / name}: ended early, while images {start} to {stop} were read")
-        return raw
-
-    def decode(self, raw: bytes | Images) -> Images:
-        return planes_to_hwc(raw)
-
-
 class _Folder:
     """The binaries as files of a folder."""
 
@@ -111,170 +87,163 @@ class _Folder:
         self.path = path
         self.sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
 
-    def small(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
     def read(self, name: str, offset: int, size: int) -> Images:
         return np.fromfile(self.path / name, np.uint8, size, offset=offset)
 
+    def read_metadata(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
     def hashes(self, names: list[str]) -> dict[str, str]:
-        return {name: _sha256(self.path / name) for name in names}
+        return {name: sha256_of(self.path / name) for name in names}
 
 
-class _Unpacked(gzip.GzipFile):
-    """A decompressed archive of which nobody takes more than `most` bytes at once: a header can ask for any number."""
+class _LimitedGzipFile(gzip.GzipFile):
+    """A gzip file that refuses reads of more than `max_read` bytes: a damaged tar header can request any number."""
 
-    most = SMALL_FILE
+    max_read = MAX_METADATA_BYTES
 
     def read(self, size: int | None = -1) -> bytes:
-        """See `io.RawIOBase`."""
-        if size is None or not 0 <= size <= self.most:
+        if size is None or not 0 <= size <= self.max_read:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return super().read(size)
 
 
 class _Archive:
-    """The binaries inside `stl10_binary.tar.gz`, never unpacked to disk.
+    """The binaries in `stl10_binary.tar.gz`, which is never unpacked to disk.
 
-    One pass over the archive finds the members and keeps the small ones; a second one reads the images, which are
-    asked for in order.
+    A first pass over the archive lists the members and keeps the small ones; a second pass reads the images in order.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.sizes: dict[str, int] = {}
-        self._small: dict[str, bytes] = {}
+        self.path, self.sizes = path, {}
+        self._metadata: dict[str, bytes] = {}
         self._members: dict[str, tarfile.TarInfo] = {}
-        self._open: IO[bytes] | None = None
-        self._name = ""
+        self._file: tuple[str, IO[bytes]] | None = None
         self._lock = threading.Lock()
         try:
-            unpacked = _Unpacked(path)
+            unpacked = _LimitedGzipFile(path)
             self._tar = tarfile.open(fileobj=unpacked, mode="r:")  # noqa: SIM115 read until the process ends
             for member in self._tar:
                 if member.size < 0:
                     raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
-                if member.isreg() and not member.issparse():  # whose size is only what it says
-                    self._add(member)
-            unpacked.most = MOST_IMAGES * IMAGE_BYTES
-        except _BROKEN as error:
-            raise UserError(f"{path}: not a whole .tar.gz ({one_line(error)}); download it again") from None
+                if member.isreg() and not member.issparse():  # the size of a sparse member is not verified by its data
+                    name = member.name.rpartition("/")[2]
+                    self.sizes[name], self._members[name] = member.size, member
+                    if member.size < MAX_METADATA_BYTES and not name.endswith("_X.bin"):
+                        content = self._tar.extractfile(member)
+                        self._metadata[name] = content.read() if content else b""
+            unpacked.max_read = MAX_IMAGES * IMAGE_BYTES
+        except _ARCHIVE_ERRORS as error:
+            raise UserError(f"{path}: incomplete or damaged .tar.gz ({one_line(error)}); download it again") from None
 
-    def _add(self, member: tarfile.TarInfo) -> None:
-        name = member.name.rpartition("/")[2]
-        self.sizes[name] = member.size
-        self._members[name] = member
-        if member.size < SMALL_FILE and not name.endswith("_X.bin"):
-            content = self._tar.extractfile(member)
-            self._small[name] = content.read() if content else b""
-
-    def small(self, name: str) -> bytes:
-        return self._small[name]
+    def read_metadata(self, name: str) -> bytes:
+        return self._metadata[name]
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         with self._lock:
             try:
-                if self._name != name:
-                    self._open, self._name = self._tar.extractfile(self._members[name]), name
-                assert self._open is not None
-                self._open.seek(offset)
-                return self._open.read(size)
-            except _BROKEN as error:
+                if self._file is None or self._file[0] != name:
+                    file = self._tar.extractfile(self._members[name])
+                    assert file is not None
+                    self._file = name, file
+                self._file[1].seek(offset)
+                return self._file[1].read(size)
+            except _ARCHIVE_ERRORS as error:
                 raise UserError(f"{self.path}: {name} cannot be read ({one_line(error)}); download it again") from None
 
     def hashes(self, names: list[str]) -> dict[str, str]:
-        return {self.path.name: _sha256(self.path)}
-
-    def order(self, splits: list[str]) -> list[str]:
-        """The splits as they lie in the archive, so that it is decompressed only once more."""
-        names = list(self._members)
-        return sorted(splits, key=lambda split: names.index(f"{split}_X.bin"))
+        return {self.path.name: sha256_of(self.path)}
 
 
-def _source(files: _Folder | _Archive, wanted: list[str]) -> Source:
-    for name in ("class_names.txt", "fold_indices.txt", *(f"{split}_y.bin" for split in LABELLED)):
-        if files.sizes.get(name, 0) >= SMALL_FILE:
-            raise UserError(
-                f"{files.path / name}: {files.sizes[name]:,} bytes, fewer than {SMALL_FILE:,} are read; not STL-10's"
-            )
-    found = [split for split in wanted if f"{split}_X.bin" in files.sizes]
-    if len(found) < len(wanted):
-        missing = next(split for split in wanted if split not in found)
-        raise UserError(f"{files.path}: {missing}_X.bin is missing; leave the split out with --splits, or complete it")
-    splits: list[Split] = [_Binary(split, _labels(files, split), files) for split in found]
-    if isinstance(files, _Archive):
-        order = files.order(found)
-        splits.sort(key=lambda split: order.index(split.name))
-    used = [f"{split}_X.bin" for split in found] + [f"{split}_y.bin" for split in found if split in LABELLED]
-    return Source(splits, _class_names(files), lambda: files.hashes(used), _folds(files, splits))
+@dataclass
+class _BinarySplit:
+    """One split as a `packing.Split`; images are read on demand."""
+
+    name: str
+    labels: list[int]
+    files: _Folder | _Archive
+    shape: tuple[int, int, int] = (SIDE, SIDE, 3)
+
+    def fetch(self, start: int, stop: int) -> bytes | Images:
+        name = f"{self.name}_X.bin"
+        raw = self.files.read(name, start * IMAGE_BYTES, (stop - start) * IMAGE_BYTES)
+        if len(raw) != (stop - start) * IMAGE_BYTES:
+            raise UserError(f"{self.files.path / name}: ends before image {stop}")
+        return raw
+
+    def decode(self, raw: bytes | Images) -> Images:
+        return planes_to_hwc(raw)
 
 
-def _class_names(files: _Folder | _Archive) -> list[str]:
-    name = "class_names.txt"
+def _make_source(files: _Folder | _Archive, names: list[str]) -> Source:
+    for name in ("class_names.txt", "fold_indices.txt", *(f"{split}_y.bin" for split in LABELED_SPLITS)):
+        if (size := files.sizes.get(name, 0)) >= MAX_METADATA_BYTES:
+            raise UserError(f"{files.path / name}: {size:,} bytes, at most {MAX_METADATA_BYTES:,} are read; not STL-10's")
+    if missing := [name for name in names if f"{name}_X.bin" not in files.sizes]:
+        raise UserError(f"{files.path}: {missing[0]}_X.bin is missing; add it, or exclude the split with --splits")
+    splits: list[Split] = [_BinarySplit(name, _read_labels(files, name), files) for name in names]
+    if isinstance(files, _Archive):  # in the order of the archive, it is decompressed only once more
+        order = list(files.sizes)
+        splits.sort(key=lambda split: order.index(f"{split.name}_X.bin"))
+    used = [f"{name}_X.bin" for name in names] + [f"{name}_y.bin" for name in names if name in LABELED_SPLITS]
     try:
-        return files.small(name).decode().split() if name in files.sizes else []
+        classes = files.read_metadata("class_names.txt").decode().split() if "class_names.txt" in files.sizes else []
     except UnicodeDecodeError as error:
-        raise UserError(f"{files.path / name}: not UTF-8 ({error.reason}, byte {error.start})") from None
+        raise UserError(f"{files.path / 'class_names.txt'}: not UTF-8 ({error.reason}, byte {error.start})") from None
+    return Source(splits, classes, lambda: files.hashes(used), _read_folds(files, splits))
 
 
-def _labels(files: _Folder | _Archive, split: str) -> list[int]:
-    size = files.sizes[f"{split}_X.bin"]
+def _read_labels(files: _Folder | _Archive, split: str) -> list[int]:
+    path, labels_path = files.path / f"{split}_X.bin", files.path / f"{split}_y.bin"
+    size = files.sizes[path.name]
     count, rest = divmod(size, IMAGE_BYTES)
-    path = files.path / f"{split}_X.bin"
     if rest or not count:
         raise UserError(f"{path}: {size} bytes are not a multiple of {IMAGE_BYTES} (3x96x96); it is truncated or not STL-10")
-    if count > MOST_IMAGES:
-        raise UserError(f"{path}: {count:,} images, at most {MOST_IMAGES:,} are packed; it is not STL-10")
-    if count != OFFICIAL[split]:
-        print(f"note: {path} holds {count:,} images; the official STL-10 has {OFFICIAL[split]:,}")
-    if split not in LABELLED:
+    if count > MAX_IMAGES:
+        raise UserError(f"{path}: {count:,} images, at most {MAX_IMAGES:,} are supported; it is not STL-10")
+    if count != OFFICIAL_SIZES[split]:
+        print(f"note: {path} contains {count:,} images; the official STL-10 has {OFFICIAL_SIZES[split]:,}")
+    if split not in LABELED_SPLITS:
         return [-1] * count
-    name = f"{split}_y.bin"
-    if name not in files.sizes:
-        raise UserError(f"{files.path / name}: missing; it holds the labels of {path.name}")
-    found = files.sizes[name]  # a label is a byte
-    if found != count:
-        raise UserError(f"{files.path / name}: {found} labels for {count} images of {path.name}; one is truncated")
-    labels = np.frombuffer(files.small(name), np.uint8)
+    if labels_path.name not in files.sizes:
+        raise UserError(f"{labels_path}: missing; it contains the labels of {path.name}")
+    if (num_labels := files.sizes[labels_path.name]) != count:  # a label is one byte
+        raise UserError(f"{labels_path}: {num_labels} labels for {count} images of {path.name}; one of them is truncated")
+    labels = np.frombuffer(files.read_metadata(labels_path.name), np.uint8)
     if labels.min() < 1 or labels.max() > 10:
-        raise UserError(f"{files.path / name}: label {labels[(labels < 1) | (labels > 10)][0]}; they must be 1 to 10")
+        raise UserError(f"{labels_path}: label {labels[(labels < 1) | (labels > 10)][0]}; labels must be 1 to 10")
     return [int(label) - 1 for label in labels]
 
 
-def _folds(files: _Folder | _Archive, splits: list[Split]) -> list[list[int]] | None:
+def _read_folds(files: _Folder | _Archive, splits: list[Split]) -> list[list[int]] | None:
     train = next((len(split.labels) for split in splits if split.name == "train"), 0)
     if "fold_indices.txt" not in files.sizes or not train:
         return None
     path = files.path / "fold_indices.txt"
     try:
-        folds = [[int(row) for row in line.split()] for line in files.small("fold_indices.txt").decode().splitlines()]
+        folds = [[int(row) for row in line.split()] for line in files.read_metadata(path.name).decode().splitlines()]
     except ValueError:
-        raise UserError(f"{path}: holds something else than row numbers") from None
+        raise UserError(f"{path}: contains something else than row numbers") from None
     if any(not 0 <= row < train for fold in folds for row in fold):
-        raise UserError(f"{path}: names rows that train_X.bin does not have")
+        raise UserError(f"{path}: contains rows that train_X.bin does not have")
     return folds
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_binaries(folder: Path, splits: dict[str, Iterator[tuple[Images, list[int]]]], class_names: list[str]) -> None:
-    """Writes images as STL-10's binaries.
+    """Writes images in the format of STL-10's binaries.
 
     Args:
-        folder: Made if it is missing; files in it are replaced.
+        folder: Created if missing; existing files are replaced.
         splits: For each split, chunks of images uint8 [n, 96, 96, 3] with labels 0..9 (ignored for unlabeled).
-        class_names: Of labels 0, 1, ...
+        class_names: Names of labels 0, 1, ...
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "class_names.txt").write_text("\n".join(class_names) + "\n")
     for name, chunks in splits.items():
-        with (folder / f"{name}_X.bin").open("wb") as images_file:
-            labels: list[int] = []
+        labels: list[int] = []
+        with (folder / f"{name}_X.bin").open("wb") as file:
             for images, chunk_labels in chunks:
-                images_file.write(hwc_to_planes(images))
+                file.write(hwc_to_planes(images))
                 labels += chunk_labels
-        if name in LABELLED:
+        if name in LABELED_SPLITS:
             (folder / f"{name}_y.bin").write_bytes(bytes(label + 1 for label in labels))

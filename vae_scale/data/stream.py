@@ -1,4 +1,4 @@
-"""Batches of images, gathered ahead of the trainer by threads."""
+"""Batches of images, loaded ahead by threads."""
 
 import atexit
 import itertools
@@ -12,57 +12,58 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vae_scale.data.plan import Plan, Rows
-from vae_scale.data.reader import LOADERS, Reader
+from vae_scale.data.images import Rows
+from vae_scale.data.plan import Plan
+from vae_scale.data.reader import NUM_LOADERS, Reader
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import to_device
 
-COPIERS = 2  # threads, each with a batch of its own
-WINDOW = 16  # shards; of those that are fetched or decoded, not all are to be there at once
+COPY_THREADS = 2  # each copies a batch of its own
+DEFAULT_WINDOW = 16  # shards, where shards are downloaded or decoded
 
 
 def default_window(shards: ShardSet) -> int:
-    """Shards that are mixed where nobody says how many: all that need not be fetched or decoded, else at most 16."""
-    everything = len(shards.shards)
-    return everything if shards.encoding == "npy" and shards.storage.local else min(WINDOW, everything)
+    """Returns the default shuffle window: all shards if they are local arrays, else at most 16."""
+    count = len(shards.shards)
+    return count if shards.encoding == "npy" and shards.storage.is_local else min(DEFAULT_WINDOW, count)
 
 
 @dataclass
 class Batch:
-    """This process's share of a batch.
+    """This rank's share of a batch.
 
     Attributes:
-        images: uint8 [n, H, W, 3] on the trainer's device. Valid until the next batch is asked for.
-        rows: Numbers of the samples in the set: int64 [n].
-        missing: How many of them take the place of images that could not be read.
+        images: uint8 [n, H, W, 3] on the device of the stream, valid until the next batch is requested.
+        rows: Rows of the set: int64 [n].
+        num_replaced: Number of images that replace unreadable ones.
     """
 
     images: Tensor
     rows: Rows
-    missing: int = 0
+    num_replaced: int = 0
 
 
-_Results = queue.SimpleQueue[tuple[Tensor, Rows, int] | BaseException]  # of one copier
+_Results = queue.SimpleQueue[tuple[Tensor, Rows, int] | BaseException]  # of one copy thread
 
 
 class Stream:
-    """An endless stream of batches that follows a `Plan`.
+    """An endless stream of batches in the order of a `Plan`.
 
-    `images_seen` is the whole state: a stream made with the same shards, seed and batch goes on from there exactly,
-    on any number of ranks.
+    `images_seen` is the whole state: a stream with the same shards, seed and batch continues from it exactly, on any number of
+    ranks.
 
     Args:
-        shards: What to read.
-        batch: Images of a global batch; a multiple of `ranks`.
-        seed: Keys the order.
-        rank: This process.
-        ranks: All processes.
-        device: Where batches are wanted.
-        images_seen: Where to begin.
-        window: Shards of a stream that are mixed together; None for all of them (16 where shards are fetched or decoded).
-        prefetch: Batches gathered ahead.
-        cache: host, or device to keep the whole set in the device's memory.
-        streams: Equal parts of a batch that come from different shards, so that ranks of different parts share none.
+        shards: The set to read.
+        batch: Global batch size, a multiple of `world_size`.
+        seed: Seed of the order.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        device: Device of the batches.
+        images_seen: Where to start.
+        window: Number of shards whose rows are shuffled together; defaults to `default_window`.
+        prefetch: Number of batches loaded ahead.
+        cache: "host", or "device" to keep the whole set in the memory of the device.
+        streams: Equal parts of a batch that come from different shards; ranks of different parts read different shards.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Stream:
         batch: int,
         seed: int,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         device: torch.device | str = "cpu",
         images_seen: int = 0,
         window: int | None = None,
@@ -79,74 +80,72 @@ class Stream:
         cache: str = "host",
         streams: int = 1,
     ) -> None:
-        if batch % ranks:
-            raise ValueError(f"a batch of {batch} images cannot be shared by {ranks} ranks")
+        if batch % world_size:
+            raise ValueError(f"a batch of {batch} images is not divisible by {world_size} ranks")
         self.shards = shards
         self.images_seen = images_seen
         self.wait_seconds = 0.0
         self.device = torch.device(device)
         self.plan = Plan([shard.samples for shard in shards.shards], seed, batch, window or default_window(shards), streams)
-        self._rank, self._ranks, self._prefetch = rank, ranks, prefetch
-        self._resident = self._load() if cache == "device" else None
+        self._rank, self._world_size, self._prefetch = rank, world_size, prefetch
+        self._device_cache = self._load() if cache == "device" else None
 
     def state_dict(self) -> dict[str, int]:
-        """The whole state."""
+        """Returns the state."""
         return {"images_seen": self.images_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to where another stream was. Takes effect at the next `iter()`."""
+        """Restores the state of another stream. Takes effect at the next `iter()`."""
         self.images_seen = state["images_seen"]
 
     def _load(self) -> Tensor:
-        """The whole set on the device, shard by shard: uint8 [images, H, W, 3]."""
-        resident = torch.empty((len(self.shards), *self.shards.image_shape), dtype=torch.uint8, device=self.device)
-        self._stands = np.arange(len(self.shards))  # the sample that was read for each
+        """Loads the whole set to the device: uint8 [images, H, W, 3]."""
+        images = torch.empty((len(self.shards), *self.shards.image_shape), dtype=torch.uint8, device=self.device)
+        self._source_rows = np.arange(len(self.shards))  # the row that was read for each
         starts = self.shards.starts.tolist()
         with Reader(self.shards) as reader:
-            for number, (start, stop) in enumerate(itertools.pairwise(starts)):
-                reader.need(range(number, min(number + LOADERS, len(starts) - 1)))
-                images = np.empty((stop - start, *self.shards.image_shape), np.uint8)
-                found = reader.find(np.arange(start, stop))
-                found.copy(images)
-                self._stands[start:stop] = found.rows
-                resident[start:stop] = torch.from_numpy(images)
-        return resident
+            for index, (start, stop) in enumerate(itertools.pairwise(starts)):
+                reader.prefetch(range(index, min(index + NUM_LOADERS, len(starts) - 1)))
+                buffer = np.empty((stop - start, *self.shards.image_shape), np.uint8)
+                located = reader.locate(np.arange(start, stop))
+                located.copy(buffer)
+                self._source_rows[start:stop] = located.rows
+                images[start:stop] = torch.from_numpy(buffer)
+        return images
 
     def __iter__(self) -> Iterator[Batch]:
-        """Endless batches. `wait_seconds` counts the time that the caller had to wait for them."""
-        batches = self._from_device() if self._resident is not None else self._from_host()
+        """Yields batches endlessly. `wait_seconds` accumulates the time that the caller waited for them."""
+        batches = self._from_host() if self._device_cache is None else self._from_device(self._device_cache)
         while True:
             begin = time.perf_counter()
             batch = next(batches)
             self.wait_seconds += time.perf_counter() - begin
-            # Counted before the batch is handed out, so that whoever holds it finds it counted.
-            self.images_seen += self.plan.batch
-            self.shards.count(batch.missing)
+            self.images_seen += self.plan.batch  # before the yield, so that the state includes the batch in use
+            self.shards.count_replaced(batch.num_replaced)
             yield batch
 
-    def _from_device(self) -> Iterator[Batch]:
-        assert self._resident is not None
+    def _from_device(self, images: Tensor) -> Iterator[Batch]:
         while True:
-            planned = self.plan.rows(self.images_seen, self._rank, self._ranks)
-            rows = self._stands[planned]
-            yield Batch(self._resident[to_device(rows, self.device)], rows, int((rows != planned).sum()))
+            planned = self.plan.rows(self.images_seen, self._rank, self._world_size)
+            rows = self._source_rows[planned]
+            yield Batch(images[to_device(rows, self.device)], rows, int((rows != planned).sum()))
 
     def _from_host(self) -> Iterator[Batch]:
-        """Copies batches into a ring of buffers, in threads that take turns in planning them."""
-        shape = (self.plan.batch // self._ranks, *self.shards.image_shape)
+        """Copies batches to a ring of buffers, in threads that take turns at locating them."""
+        shape = (self.plan.batch // self._world_size, *self.shards.image_shape)
         pinned = self.device.type == "cuda"
         free: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
-        ready: queue.SimpleQueue[_Results] = queue.SimpleQueue()  # in the order of the batches: who copies each
-        # One buffer is with the caller and some are being filled, besides those that wait.
-        for _ in range(self._prefetch + 1 + COPIERS):
+        ready: queue.SimpleQueue[_Results] = queue.SimpleQueue()  # in the order of the batches: the queue of each thread
+        # Besides the prefetched batches, one buffer is in use by the caller and some are being filled.
+        for _ in range(self._prefetch + 1 + COPY_THREADS):
             free.put(torch.empty(shape, dtype=torch.uint8, pin_memory=pinned))
-        turn, places = threading.Lock(), itertools.count(self.images_seen, self.plan.batch)
-        begun, torch_threads = threading.Barrier(COPIERS + 1), torch.get_num_threads()
+        turn, positions = threading.Lock(), itertools.count(self.images_seen, self.plan.batch)
+        started, torch_threads = threading.Barrier(COPY_THREADS + 1), torch.get_num_threads()
 
         def copy(reader: Reader) -> None:
-            torch.get_num_threads()  # or its first use would set the default again
+            torch.get_num_threads()  # otherwise its first call would reset the number
             torch.set_num_threads(1)  # threads that share a batch would wait for each other on a busy machine
-            begun.wait()
+            started.wait()
             results: _Results = queue.SimpleQueue()
             while True:
                 with turn:
@@ -156,29 +155,29 @@ class Stream:
                         return
                     ready.put(results)
                     try:
-                        rows, shards = self.plan.share(next(places), self._rank, self._ranks)
-                        reader.need(shards)
-                        found = reader.find(rows)
-                    except BaseException as error:  # for the caller, who is waiting for a batch
+                        rows, shards = self.plan.local_batch(next(positions), self._rank, self._world_size)
+                        reader.prefetch(shards)
+                        located = reader.locate(rows)
+                    except BaseException as error:  # raised in the caller's thread
                         results.put(error)
                         free.put(None)
                         return
-                found.copy(buffer.numpy())
-                results.put((buffer, found.rows, found.missing))
+                located.copy(buffer.numpy())
+                results.put((buffer, located.rows, located.num_replaced))
 
         with Reader(self.shards) as reader:
-            threads = [threading.Thread(target=copy, args=[reader], name="stream", daemon=True) for _ in range(COPIERS)]
+            threads = [threading.Thread(target=copy, args=[reader], name="stream", daemon=True) for _ in range(COPY_THREADS)]
             for thread in threads:
                 thread.start()
-            begun.wait()
-            torch.set_num_threads(torch_threads)  # or threads that begin from now on would have one, too
+            started.wait()
+            torch.set_num_threads(torch_threads)  # otherwise threads started later would inherit 1
 
             def stop() -> None:
                 free.put(None)
                 for thread in threads:
-                    thread.join(timeout=1)  # it may wait for a shard that is still on its way
+                    thread.join(timeout=1)  # it may be waiting for a download
 
-            # A program may end with the stream half read, and would be aborted while threads of it copy.
+            # Exiting the interpreter while threads copy would abort the process.
             atexit.register(stop)
             try:
                 yield from self._take(ready, free, pinned)
@@ -189,22 +188,22 @@ class Stream:
     def _take(
         self, ready: "queue.SimpleQueue[_Results]", free: "queue.SimpleQueue[Tensor | None]", pinned: bool
     ) -> Iterator[Batch]:
-        side = torch.cuda.Stream() if pinned else None
+        side_stream = torch.cuda.Stream() if pinned else None
 
         def upload() -> tuple[Batch, Tensor, "torch.cuda.Event | None"]:
             result = ready.get().get()
             if isinstance(result, BaseException):
                 raise result
-            buffer, rows, missing = result
-            if side is None:
-                return Batch(buffer, rows, missing), buffer, None
-            with torch.cuda.stream(side):
+            buffer, rows, num_replaced = result
+            if side_stream is None:
+                return Batch(buffer, rows, num_replaced), buffer, None
+            with torch.cuda.stream(side_stream):
                 images = buffer.to(self.device, non_blocking=True)
-                return Batch(images, rows, missing), buffer, side.record_event()
+                return Batch(images, rows, num_replaced), buffer, side_stream.record_event()
 
         following = upload() if pinned else None
         while True:
-            # On a GPU the next batch is on its way while the present one is worked on.
+            # On a GPU the next batch is uploaded while the current one is used.
             batch, buffer, event = following or upload()
             if event is not None:
                 torch.cuda.current_stream().wait_event(event)

@@ -1,4 +1,4 @@
-"""Copies from the host to the device for which neither the host nor the device's computation waits."""
+"""Asynchronous copies from host to device."""
 
 import itertools
 
@@ -7,34 +7,33 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-BUFFERS = 2
-
 
 def to_device(values: npt.NDArray[np.generic] | Tensor, device: torch.device) -> Tensor:
-    """A small array or CPU tensor on `device`. A copy from memory that is not pinned would wait for the GPU's queue."""
+    """Copies a small array or CPU tensor to `device`, through pinned memory so that the host does not wait for the GPU."""
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-class Uploader:
-    """Uploads batches of one shape: the host fills a buffer while the batch before it is on its way.
+def normalize_images(images: Tensor, flips: Tensor | None = None) -> Tensor:
+    """Converts uint8 [b, h, w, 3] to [-1, 1], [b, 3, h, w] in channels_last; images where `flips` [b] is True are mirrored."""
+    x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x if flips is None else torch.where(flips[:, None, None, None], x.flip(3), x)
 
-    Args:
-        shape: Of a batch of uint8 images.
-        device: Where batches are wanted.
-    """
+
+class Uploader:
+    """Copies batches of uint8 images of one shape to `device`; one buffer is filled while the other is copied."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self._device, self._cuda = device, device.type == "cuda"
-        self._buffers = itertools.cycle([torch.empty(shape, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(BUFFERS)])
+        self._device, is_cuda = device, device.type == "cuda"
+        self._buffers = itertools.cycle([torch.empty(shape, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)])
         self._copied: dict[int, torch.cuda.Event] = {}
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._stream = torch.cuda.Stream(device) if is_cuda else None
         self._buffer = next(self._buffers)
 
     def buffer(self) -> npt.NDArray[np.uint8]:
-        """The buffer of the next batch, to be filled; valid until `upload`."""
+        """Returns the buffer for the next batch; valid until `upload`."""
         self._buffer = next(self._buffers)
         if copied := self._copied.get(id(self._buffer)):
             copied.synchronize()
@@ -42,7 +41,7 @@ class Uploader:
         return array
 
     def upload(self) -> Tensor:
-        """The batch in the buffer, on the device. On a CPU it is the buffer itself, valid until the batch after the next."""
+        """Returns the batch in the buffer on the device; on a CPU it is the buffer itself, valid until the next but one."""
         if self._stream is None:
             return self._buffer.to(self._device)
         with torch.cuda.stream(self._stream):

@@ -1,54 +1,42 @@
-"""The parts of the networks. Tensors are [batch, channels, height, width] in channels_last memory."""
+"""Building blocks of the networks. Feature maps are [batch, channels, height, width] in channels_last memory."""
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 MIN_GROUP_CHANNELS = 16
+SOFT_CLAMP = 5.0
 
 
-# All three begin by viewing channels_last memory as [b, h, w, c], so that gradients are channels_last as well.
+# These functions permute to [b, h, w, c] first, so that gradients are in channels_last memory, too.
 
 
 def space_to_depth(x: Tensor, side: int) -> Tensor:
-    """[b, c, h*side, w*side] to [b, side*side*c, h, w]; the result is channels_last."""
+    """Reshapes [b, c, h*side, w*side] to [b, side*side*c, h, w], in channels_last memory."""
     return rearrange(x.permute(0, 2, 3, 1), "b (h p) (w q) c -> b h w (p q c)", p=side, q=side).permute(0, 3, 1, 2)
 
 
 def depth_to_space(x: Tensor, side: int) -> Tensor:
-    """The inverse of `space_to_depth`."""
+    """Inverts `space_to_depth`."""
     return rearrange(x.permute(0, 2, 3, 1), "b h w (p q c) -> b (h p) (w q) c", p=side, q=side).permute(0, 3, 1, 2)
 
 
 def chunk_channels(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[b, 2c, h, w] to its two halves, [b, c, h, w] each."""
+    """Splits [b, 2c, h, w] into two tensors of [b, c, h, w]."""
     first, second = x.permute(0, 2, 3, 1).chunk(2, 3)
     return first.permute(0, 3, 1, 2), second.permute(0, 3, 1, 2)
 
 
-class VectorToMap(nn.Module):
-    """[b, side*side*c] to [b, c, side, side] in channels_last memory, without a copy."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.side = side
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A view of `x`."""
-        return rearrange(x, "b (h w c) -> b h w c", h=self.side, w=self.side).permute(0, 3, 1, 2)
+def soft_clamp(x: Tensor) -> Tensor:
+    """Bounds x to +-SOFT_CLAMP with a scaled tanh (Vahdat & Kautz, 2020)."""
+    return SOFT_CLAMP * torch.tanh(x / SOFT_CLAMP)
 
 
-def map_to_vector() -> Rearrange:
-    """The inverse of `VectorToMap`."""
-    return Rearrange("b c h w -> b (h w c)")
-
-
-def conv(c_in: int, c_out: int, size: int = 3, zero: bool = False) -> nn.Conv2d:
-    """A convolution that keeps height and width; `zero` starts it at zero, so that its branch begins as the identity."""
-    layer = nn.Conv2d(c_in, c_out, size, padding=size // 2)
-    if zero:
+def conv(in_channels: int, out_channels: int, kernel_size: int = 3, zero_init: bool = False) -> nn.Conv2d:
+    """Returns a convolution that preserves height and width, with zero bias and, optionally, zero weights."""
+    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    if zero_init:
         nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -58,12 +46,12 @@ def conv(c_in: int, c_out: int, size: int = 3, zero: bool = False) -> nn.Conv2d:
 class GroupNorm(nn.GroupNorm):
     """Group normalization (Wu & He, 2018) in channels_last memory.
 
-    torch's kernel for CUDA returns contiguous memory, which makes the convolutions before and after it transpose. Where it is
-    compiled, simple operations take its place, which are fused with their neighbours; one by one they would be slower.
+    PyTorch's CUDA kernel returns contiguous memory, which makes the adjacent convolutions transpose. Under torch.compile it is
+    replaced with elementwise operations that the compiler fuses; without the compiler these would be slower.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, c, h, w] to the same shape."""
+        """Normalizes [b, c, h, w]."""
         on_cpu = x.device.type == "cpu"
         if on_cpu and x.dtype == torch.bfloat16:  # the channels_last kernel takes 20 times as long in bf16 on a CPU
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
@@ -74,12 +62,12 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x).contiguous(memory_format=torch.channels_last)
 
 
-def group_norm_channels_last(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Group normalization in operations that torch.compile fuses with what surrounds them; statistics are fp32.
+def group_norm_channels_last(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Group normalization in operations that torch.compile fuses with adjacent ones; statistics are in fp32.
 
     Args:
-        x: [b, c, h, w], best in channels_last memory.
-        groups: Groups of neighbouring channels, a divisor of c.
+        x: [b, c, h, w], preferably in channels_last memory.
+        num_groups: Number of groups, a divisor of c.
         weight: [c].
         bias: [c].
         eps: Added to the variance.
@@ -87,79 +75,79 @@ def group_norm_channels_last(x: Tensor, groups: int, weight: Tensor, bias: Tenso
     Returns:
         [b, c, h, w] in channels_last memory, with the dtype of `x`.
     """
-    grouped = rearrange(x.float(), "b (g c) h w -> b (h w) g c", g=groups)
+    grouped = rearrange(x.float(), "b (g c) h w -> b (h w) g c", g=num_groups)
     variance, mean = torch.var_mean(grouped, (1, 3), correction=0, keepdim=True)
     normalized = (grouped - mean) * torch.rsqrt(variance + eps)
     y = rearrange(normalized, "b (h w) g c -> b h w (g c)", h=x.shape[2]) * weight + bias
     return y.to(x.dtype).permute(0, 3, 1, 2)
 
 
-def norm(channels: int) -> GroupNorm:
-    """GroupNorm of at most 32 groups of at least 16 channels. Never BatchNorm: samples must not depend on a batch.
+def group_norm(channels: int) -> GroupNorm:
+    """Returns a GroupNorm with at most 32 groups of at least 16 channels.
 
-    In channels_last memory the channels of a group lie side by side; 16 of them in bf16 fill a GPU's memory sector of 32
-    bytes. In groups of one channel, the bias of the convolution before the norm would have no effect at all.
+    In channels_last memory, 16 channels in bf16 fill a GPU memory sector of 32 bytes. In groups of one channel, the bias of the
+    preceding convolution would have no effect. With BatchNorm, outputs would depend on the other images of a batch.
     """
-    possible = (count for count in (32, 16, 8, 4, 2) if channels % count == 0 and channels // count >= MIN_GROUP_CHANNELS)
-    return GroupNorm(next(possible, 1), channels)
+    valid = (count for count in (32, 16, 8, 4, 2) if channels % count == 0 and channels // count >= MIN_GROUP_CHANNELS)
+    return GroupNorm(next(valid, 1), channels)
 
 
 class Block(nn.Module):
-    """A part of a network that is used as a whole, by calling it: where weights are sharded, its own are fetched together."""
+    """Base class of the modules that FSDP2 shards as a unit. They must be used by calling the whole module."""
 
 
 class ResBlock(Block):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), the last convolution zero at the start."""
+    """A pre-activation residual block of two 3x3 convolutions, initialized to the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = norm(channels), conv(channels, channels)
-        self.norm2, self.conv2 = norm(channels), conv(channels, channels, zero=True)
+        self.norm1, self.conv1 = group_norm(channels), conv(channels, channels)
+        self.norm2, self.conv2 = group_norm(channels), conv(channels, channels, zero_init=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, c, h, w] to the same shape."""
+        """Maps [b, c, h, w] to the same shape."""
         hidden = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(hidden)))
 
 
 class Attention(Block):
-    """x + self-attention over the positions of x, four heads; zero at the start."""
+    """Residual self-attention over positions, with four heads, initialized to the identity."""
 
-    heads = 4
+    num_heads = 4
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = norm(channels)
-        self.qkv = conv(channels, 3 * channels, size=1)
-        self.out = conv(channels, channels, size=1, zero=True)
+        self.norm = group_norm(channels)
+        self.qkv = conv(channels, 3 * channels, kernel_size=1)
+        self.out = conv(channels, channels, kernel_size=1, zero_init=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, c, h, w] to the same shape."""
+        """Maps [b, c, h, w] to the same shape."""
         height, qkv = x.shape[2], self.qkv(self.norm(x)).permute(0, 2, 3, 1)
-        q, k, v = rearrange(qkv, "b h w (n k c) -> n b k (h w) c", n=3, k=self.heads)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(rearrange(mixed, "b k (h w) c -> b h w (k c)", h=height).permute(0, 3, 1, 2))
+        q, k, v = rearrange(qkv, "b h w (n k c) -> n b k (h w) c", n=3, k=self.num_heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(attended, "b k (h w) c -> b h w (k c)", h=height).permute(0, 3, 1, 2))
 
 
 class Downsample(nn.Module):
-    """Halves height and width: pairs of pixels fold into channels, a 1x1 convolution mixes them."""
+    """Halves height and width: space-to-depth, then a 1x1 convolution."""
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.mix = conv(4 * c_in, c_out, size=1)
+        self.proj = conv(4 * in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, c_in, h, w] to [b, c_out, h/2, w/2]."""
-        return self.mix(space_to_depth(x, 2))
+        """Maps [b, in_channels, h, w] to [b, out_channels, h/2, w/2]."""
+        return self.proj(space_to_depth(x, 2))
 
 
 class Upsample(nn.Module):
-    """Doubles height and width: a 1x1 convolution, then channels unfold into pairs of pixels."""
+    """Doubles height and width: a 1x1 convolution, then depth-to-space."""
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.mix = conv(c_in, 4 * c_out, size=1)
+        self.proj = conv(in_channels, 4 * out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, c_in, h, w] to [b, c_out, 2h, 2w]."""
-        return depth_to_space(self.mix(x), 2)
+        """Maps [b, in_channels, h, w] to [b, out_channels, 2h, 2w]."""
+        return depth_to_space(self.proj(x), 2)

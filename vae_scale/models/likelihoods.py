@@ -1,7 +1,7 @@
-"""p(image | latent), in nats.
+"""Likelihoods p(image | latent), in nats.
 
-All work on images in [-1, 1] that hold 256 grey levels, and all but the Bernoulli likelihood count density per grey
-level (levels are one unit apart), so that nats and bits/dim of continuous and discrete likelihoods compare.
+Images are in [-1, 1] and have 256 grey levels. All but bce are densities per grey level, so that nats and bits/dim of
+continuous and discrete likelihoods are comparable.
 """
 
 import math
@@ -17,107 +17,114 @@ LEVELS_PER_UNIT = (LEVELS - 1) / 2  # grey levels per unit of [-1, 1]
 
 
 class Likelihood(nn.Module):
-    """Turns the decoder's output into a distribution over images.
+    """A distribution over images, with the output of the decoder as its parameters.
 
     Attributes:
-        channels: Channels that the decoder has to give.
-        normalised: It is a density of images, so that bits/dim mean something.
+        channels: Channels of the decoder's output.
+        is_normalized: Whether it is a density or probability of images, which bits/dim requires.
     """
 
     channels: int = 3
-    normalised = True
+    is_normalized = True
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
-        """log p(images | output) in nats per image: [b], from [b, channels, h, w] and images [b, 3, h, w] in [-1, 1]."""
+        """Returns log p(images | output) in nats per image, [b], computed in fp32.
+
+        Args:
+            output: [b, channels, h, w].
+            images: [b, 3, h, w] in [-1, 1].
+        """
         raise TypeError("a likelihood must define log_prob")
 
     def mean(self, output: Tensor) -> Tensor:
-        """The expected image, [b, 3, h, w] in [-1, 1]."""
+        """Returns the expected image, [b, 3, h, w] in [-1, 1]."""
         return output.clamp(-1, 1)
 
-    def deviation(self, output: Tensor, images: Tensor) -> Tensor:
-        """What `follow` wants, averaged over the batch: a scalar, without gradient."""
+    def reconstruction_error(self, output: Tensor, images: Tensor) -> Tensor:
+        """Returns the error that `update_scale` takes, averaged over the batch: a scalar, without gradient."""
         return output.new_zeros(())
 
-    def follow(self, deviation: Tensor, taken: Tensor) -> None:
-        """Moves the scale towards its optimum; called after each step with the global batch's `deviation`.
+    def update_scale(self, error: Tensor, step_taken: Tensor) -> None:
+        """Updates a running scale after an optimizer step.
 
-        `taken` is whether the weights moved: a scalar. Where they did not, neither does the scale.
+        Args:
+            error: `reconstruction_error` of the global batch.
+            step_taken: Whether the step was not skipped, a scalar. The scale changes only if it was taken.
         """
 
 
-class Scaled(Likelihood):
-    """Gaussian (power 2) or Laplace (power 1) with one scale for all pixels, in [-1, 1] units.
+class GaussianLaplace(Likelihood):
+    """A Gaussian (power 2) or Laplace (power 1) distribution with one scale for all pixels, in units of [-1, 1].
 
-    scale = optimal: the scale that maximises the likelihood is the mean deviation itself, so it follows that; the KL
-    divergence then needs no weight ("sigma-VAE", Rybkin et al., 2021, eq. 7, where the batch's own deviation is used;
-    here a running one, so that held-out images meet a density that does not depend on them).
+    With scale="optimal", the scale is a running estimate of the maximum-likelihood scale, the mean error, so that the KL
+    divergence needs no weight (sigma-VAE, Rybkin et al., 2021, eq. 7). The paper uses the error of the current batch; with a
+    running estimate, the density of held-out images does not depend on them.
     """
 
     log_scale: Tensor
-    follow_rate = 0.1
+    update_rate = 0.1
 
     def __init__(self, power: Literal[1, 2], scale: str | float) -> None:
         super().__init__()
         self.power = power
-        self.optimal = scale == "optimal"
-        start = torch.tensor(math.log(0.5) if isinstance(scale, str) else math.log(scale))
+        self.is_optimal = scale == "optimal"
+        initial = torch.tensor(math.log(0.5) if isinstance(scale, str) else math.log(scale))
         if scale == "learned":
-            self.log_scale = nn.Parameter(start)
+            self.log_scale = nn.Parameter(initial)
         else:
-            self.register_buffer("log_scale", start)
+            self.register_buffer("log_scale", initial)
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
-        """See `Likelihood.log_prob`. Computed in fp32."""
+        """See `Likelihood`."""
         error = (_channels_last(output) - _channels_last(images)).abs() * torch.exp(-self.log_scale)
-        # log of the density's normaliser: sqrt(2 pi) s for the Gaussian, 2 s for Laplace, in grey levels
-        unit = 0.5 * math.log(2 * math.pi) if self.power == 2 else math.log(2)
-        log_normaliser = unit + self.log_scale + math.log(LEVELS_PER_UNIT)
+        # The density is normalized by sqrt(2 pi) * scale for the Gaussian and 2 * scale for Laplace, in grey levels.
+        constant = 0.5 * math.log(2 * math.pi) if self.power == 2 else math.log(2)
+        log_normalizer = constant + self.log_scale + math.log(LEVELS_PER_UNIT)
         energy = 0.5 * error.square() if self.power == 2 else error
-        return -(energy + log_normaliser).sum((1, 2, 3))
+        return -(energy + log_normalizer).sum((1, 2, 3))
 
-    def deviation(self, output: Tensor, images: Tensor) -> Tensor:
-        """Mean squared (Gaussian) or absolute (Laplace) error."""
+    def reconstruction_error(self, output: Tensor, images: Tensor) -> Tensor:
+        """Returns the mean squared (Gaussian) or absolute (Laplace) error."""
         error = (output.detach().float() - images.float()).abs()
         return (error.square() if self.power == 2 else error).mean()
 
     @torch.no_grad()
-    def follow(self, deviation: Tensor, taken: Tensor) -> None:
-        """Moves the logarithm of the scale a tenth of the way to the optimum."""
-        if self.optimal:
-            best = deviation.clamp(min=1e-8).log() / self.power
-            self.log_scale.lerp_(torch.where(taken, best, self.log_scale), self.follow_rate)
+    def update_scale(self, error: Tensor, step_taken: Tensor) -> None:
+        """Moves the logarithm of the scale by `update_rate` towards the optimum."""
+        if self.is_optimal:
+            optimum = error.clamp(min=1e-8).log() / self.power
+            self.log_scale.lerp_(torch.where(step_taken, optimum, self.log_scale), self.update_rate)
 
 
-class Classic(Likelihood):
-    """The classic losses of a sigmoid output, summed over the image, with images in [0, 1].
+class SigmoidLikelihood(Likelihood):
+    """The losses of an output with a sigmoid, summed over the image, for images in [0, 1].
 
-    mse is the density N(x; y, 1/2), whose negative logarithm is the squared error and a constant. bce is the
-    cross-entropy; it is a distribution only for black and white images, so its nats are no density of photographs.
+    mse is the density N(x; y, 1/2), whose negative logarithm is the squared error plus a constant. bce is the binary
+    cross-entropy, a distribution over black and white images only, and so not normalized for photographs.
     """
 
     def __init__(self, kind: Literal["mse", "bce"]) -> None:
         super().__init__()
         self.kind = kind
-        self.normalised = kind == "mse"
+        self.is_normalized = kind == "mse"
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
-        """See `Likelihood.log_prob`. Computed in fp32."""
+        """See `Likelihood`."""
         output, target = _channels_last(output), (_channels_last(images) + 1) / 2
         if self.kind == "bce":
             return -F.binary_cross_entropy_with_logits(output, target, reduction="none").sum((1, 2, 3))
-        log_normaliser = 0.5 * math.log(math.pi) + math.log(LEVELS - 1)
-        return -((output.sigmoid() - target).square() + log_normaliser).sum((1, 2, 3))
+        log_normalizer = 0.5 * math.log(math.pi) + math.log(LEVELS - 1)
+        return -((output.sigmoid() - target).square() + log_normalizer).sum((1, 2, 3))
 
     def mean(self, output: Tensor) -> Tensor:
-        """The expected image."""
+        """See `Likelihood`."""
         return output.sigmoid() * 2 - 1
 
 
 class LogisticMixture(Likelihood):
-    """Discretised logistic mixture with linear dependence between colours (PixelCNN++, Salimans et al., 2017, eq. 2-3).
+    """Discretized logistic mixture with linear dependence between color channels (PixelCNN++, Salimans et al., 2017, eq. 2-3).
 
-    A probability of the 256^3 colours of each pixel, so its nats are a true code length.
+    It is a probability of the 256^3 colors of each pixel, so that its nats are a code length.
     """
 
     components = 10
@@ -125,17 +132,17 @@ class LogisticMixture(Likelihood):
     def __init__(self, levels: int = LEVELS) -> None:
         super().__init__()
         self.levels = levels
-        # per component: a weight; for each of three colours a mean and a log-scale; three coefficients between them
+        # Per component: a weight, three means, three log-scales, and three coefficients between color channels.
         self.channels = self.components * 10
 
     def _mixture(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Weights [b, h, w, k], and means, log-scales, coefficients [b, h, w, 3, k], in fp32."""
+        """Returns weights [b, h, w, k], and means, log-scales and coefficients [b, h, w, 3, k], in fp32."""
         weights, rest = _channels_last(output).split([self.components, 9 * self.components], 3)
         means, log_scales, coefficients = rearrange(rest, "b h w (n c k) -> n b h w c k", n=3, c=3)
         return weights, means, log_scales.clamp(min=-7), coefficients.tanh()
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
-        """See `Likelihood.log_prob`. Computed in fp32."""
+        """See `Likelihood`."""
         weights, means, log_scales, coefficients = self._mixture(output)
         x = _channels_last(images)[..., None]
         red, green, _ = x.unbind(3)
@@ -144,11 +151,11 @@ class LogisticMixture(Likelihood):
         shift_blue = red_to_blue * red + green_to_blue * green
         means = means + torch.stack([torch.zeros_like(shift_green), shift_green, shift_blue], 3)
         half = 1 / (self.levels - 1)
-        centred, inverse = x - means, torch.exp(-log_scales)
-        upper, lower = inverse * (centred + half), inverse * (centred - half)
-        middle = inverse * centred
+        centered, inverse = x - means, torch.exp(-log_scales)
+        upper, lower = inverse * (centered + half), inverse * (centered - half)
+        middle = inverse * centered
         inside = upper.sigmoid() - lower.sigmoid()
-        # Where the two sigmoids cannot be told apart in fp32, the density at the middle times the width.
+        # Where the difference underflows in fp32, the density at the middle times the width.
         density = middle - log_scales - 2 * F.softplus(middle) + math.log(2 * half)
         log_inside = torch.where(inside > 1e-5, inside.clamp(min=1e-12).log(), density)
         first, last = x < -1 + half, x > 1 - half
@@ -157,25 +164,30 @@ class LogisticMixture(Likelihood):
         return log_pixel.sum((1, 2))
 
     def mean(self, output: Tensor) -> Tensor:
-        """The mixture's mean, each colour given the means of those before it."""
+        """Returns the mean of the mixture, each color channel given the means of the channels before it."""
         weights, means, _, coefficients = self._mixture(output)
         to_green, red_to_blue, green_to_blue = coefficients.unbind(3)
         red, green, blue = means.unbind(3)
         green = green + to_green * red
         blue = blue + red_to_blue * red + green_to_blue * green
-        mixed = (weights.softmax(3)[..., None, :] * torch.stack([red, green, blue], 3)).sum(4).permute(0, 3, 1, 2)
-        return mixed.clamp(-1, 1)
+        mean = (weights.softmax(3)[..., None, :] * torch.stack([red, green, blue], 3)).sum(4).permute(0, 3, 1, 2)
+        return mean.clamp(-1, 1)
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """[b, c, h, w] as [b, h, w, c] in fp32: a view, through which gradients come back in channels_last memory."""
+    """Permutes [b, c, h, w] to [b, h, w, c] in fp32, so that gradients are in channels_last memory."""
     return x.permute(0, 2, 3, 1).float()
 
 
 def make_likelihood(name: str, scale: str | float) -> Likelihood:
-    """The likelihood of a configuration: gaussian, laplace, logistic_mixture, mse or bce."""
+    """Builds a likelihood: gaussian, laplace, logistic_mixture, mse or bce."""
     if name in ("gaussian", "laplace"):
-        return Scaled(2 if name == "gaussian" else 1, scale)
+        return GaussianLaplace(2 if name == "gaussian" else 1, scale)
     if name == "logistic_mixture":
         return LogisticMixture()
-    return Classic("mse" if name == "mse" else "bce")
+    return SigmoidLikelihood("mse" if name == "mse" else "bce")
+
+
+def bits_per_dim(nats: float, dimensions: int) -> float:
+    """Converts nats per image to bits per value of the image."""
+    return nats / (dimensions * math.log(2))

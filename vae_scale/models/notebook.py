@@ -1,21 +1,20 @@
-"""The seed notebook's VAE: the baseline that everything is compared with."""
+"""The VAE of the seed notebook, the baseline."""
 
 from einops.layers.torch import Rearrange
 from torch import nn
 
-from vae_scale.config import VAEConfig
-from vae_scale.models.blocks import VectorToMap, map_to_vector
+from vae_scale.config.options import VAEConfig
 from vae_scale.models.vae import VAE
 
 
 class NotebookVAE(VAE):
-    """Three convolutions, a latent vector, transposed convolutions back; no normalisation, a sigmoid output.
+    """A VAE with three convolutions, a latent vector and transposed convolutions, without normalization.
 
-    The sigmoid belongs to the likelihoods mse and bce.
+    The sigmoid of the output is part of the likelihoods mse and bce.
     """
 
     def __init__(self, config: VAEConfig, resolution: int) -> None:
-        side = resolution // config.factor
+        side = resolution // config.downsampling_factor
         features = 128 * side * side
         encoder = nn.Sequential(
             nn.Conv2d(3, 32, 7, padding=3),
@@ -26,7 +25,7 @@ class NotebookVAE(VAE):
             nn.MaxPool2d(2),
             nn.Conv2d(64, 128, 7, padding=3),
             nn.ReLU(),
-            map_to_vector(),
+            Rearrange("b c h w -> b (h w c)"),
             nn.Linear(features, 512),
             nn.ReLU(),
             nn.Linear(512, 256),
@@ -42,7 +41,7 @@ class NotebookVAE(VAE):
             nn.ReLU(),
             nn.Linear(512, features),
             nn.ReLU(),
-            VectorToMap(side),
+            Rearrange("b (h w c) -> b c h w", h=side, w=side),
             nn.ConvTranspose2d(128, 64, 5, stride=2, padding=2, output_padding=1),
             nn.ReLU(),
             nn.ConvTranspose2d(64, 32, 7, stride=2, padding=3, output_padding=1),

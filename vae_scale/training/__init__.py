@@ -1,1 +1,1 @@
-"""The trainer and what it keeps."""
+"""The training loop and what it optimizes."""

@@ -1,4 +1,4 @@
-"""Averaged weights: what evaluation and sampling use."""
+"""Exponential moving average of the weights, used by evaluation and sampling."""
 
 import contextlib
 import copy
@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vae_scale.models.vae import VAE
-from vae_scale.training.sharding import like, share, whole
+from vae_scale.runtime.sharding import full_tensor, local_shard, shard_like
 
 
 class EMA:
-    """An exponential moving average of a model's weights.
+    """An exponential moving average of a model's weights. With a decay of 0 it is the model itself.
 
     Attributes:
-        model: The model with the averaged weights, in evaluation mode; up to date within `gathered` only. Where weights are
-            sharded, it has none outside of it.
+        model: The averaged model in evaluation mode; up to date only within `gathered`. If weights are sharded, its parameters
+            are empty outside of it.
     """
 
     def __init__(self, model: VAE, decay: float) -> None:
@@ -25,58 +25,55 @@ class EMA:
         self._decay = decay
 
     @torch.no_grad()
-    def follow(self, model: VAE) -> None:
-        """Averages the weights of `model` from now on. Where these are sharded, each process averages its share."""
-        weights: list[Tensor] = list(model.parameters())
-        self._own: list[Tensor] = list(self.model.parameters())
-        self._is_sharded = any(isinstance(weight, DTensor) for weight in weights)
-        # Each as the weight that it follows: a share where that is one.
-        self._parts = [like(mine, weight) for mine, weight in zip(self._own, weights, strict=True)] if self._is_sharded else []
-        self._averaged = [share(part) for part in self._parts] or self._own
-        self._weights = [share(weight) for weight in weights]
-        self._kept, self._buffers = list(self.model.buffers()), list(model.buffers())
-        self._release()
+    def attach(self, model: VAE) -> None:
+        """Averages the weights of `model` from now on. If these are sharded, each process averages its local shards."""
+        parameters: list[Tensor] = list(model.parameters())
+        self._parameters: list[Tensor] = list(self.model.parameters())
+        self._is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+        self._shards = (
+            [shard_like(*pair) for pair in zip(self._parameters, parameters, strict=True)] if self._is_sharded else []
+        )
+        self._averaged = [local_shard(shard) for shard in self._shards] or self._parameters
+        self._sources = [local_shard(parameter) for parameter in parameters]
+        self._buffers, self._source_buffers = list(self.model.buffers()), list(model.buffers())
+        self._free_full_parameters()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights after optimizer step `step` (1, 2, ...). Early on the average is shorter."""
+        """Averages in the weights after optimizer step `step` (1, 2, ...). The decay is smaller in the first steps."""
         if not self._decay:
             return
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
-        if self._kept:
-            torch._foreach_copy_(self._kept, self._buffers)
+        torch._foreach_lerp_(self._averaged, self._sources, 1 - decay)
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._source_buffers)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[VAE]:
-        """Within it `model` holds all averaged weights, on every process. All processes must call it."""
-        self._bring_up_to_date()
+        """Yields `model` with full averaged weights on every process. All processes must call it."""
+        self._copy_if_no_decay()
         with torch.no_grad():
-            for mine, part in zip(self._own, self._parts, strict=False):
-                mine.data = whole(part).to(memory_format=_format_of(part))
+            for parameter, shard in zip(self._parameters, self._shards, strict=False):
+                memory_format = torch.channels_last if shard.ndim == 4 else torch.contiguous_format
+                parameter.data = full_tensor(shard).to(memory_format=memory_format)
         try:
             yield self.model
         finally:
-            self._release()
+            self._free_full_parameters()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The averaged weights and the buffers by their names; sharded ones as DTensors."""
-        self._bring_up_to_date()
-        sharded = dict(zip((name for name, _ in self.model.named_parameters()), self._parts, strict=False))
+        """Yields names and values of the averaged weights, DTensors if sharded, and of the buffers."""
+        self._copy_if_no_decay()
+        shards = dict(zip((name for name, _ in self.model.named_parameters()), self._shards, strict=False))
         for name, value in self.model.state_dict().items():
-            yield name, sharded.get(name, value)
+            yield name, shards.get(name, value)
 
     @torch.no_grad()
-    def _bring_up_to_date(self) -> None:
-        if not self._decay:  # then nothing was copied step by step
-            torch._foreach_copy_([*self._averaged, *self._kept], [*self._weights, *self._buffers])
+    def _copy_if_no_decay(self) -> None:
+        if not self._decay:
+            torch._foreach_copy_([*self._averaged, *self._buffers], [*self._sources, *self._source_buffers])
 
-    def _release(self) -> None:
-        """Gives back the memory of whole weights where each process has its share."""
+    def _free_full_parameters(self) -> None:
         if self._is_sharded:
-            for mine in self._own:
-                mine.data = mine.new_empty(0)
-
-
-def _format_of(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+            for parameter in self._parameters:
+                parameter.data = parameter.new_empty(0)

@@ -1,4 +1,4 @@
-"""What is trained: first the VAE, then a flow over its latents. The loop is the same for both."""
+"""The training stages: the VAE, then a flow over its latents. Both run in the same training loop."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -7,91 +7,94 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae_scale.config import Config
-from vae_scale.data.plan import Rows
+from vae_scale.config.options import Config
+from vae_scale.config.parsing import check_image_shape
+from vae_scale.data.images import Rows
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import to_device
 from vae_scale.errors import UserError
-from vae_scale.models.critic import Critic
-from vae_scale.models.ladder import LadderVAE
-from vae_scale.models.networks import build
-from vae_scale.models.vae import CRITIC, VAE
-from vae_scale.randomness import generator
-from vae_scale.training import augmentation, checkpoint
-from vae_scale.training.evaluation import Processes, evaluate
-from vae_scale.training.latents import evaluate_flow, fit_prior, measure_latents
-from vae_scale.training.objective import ELBO, FlowMatching, Objective, bits_per_dim
+from vae_scale.evaluation.evaluator import evaluate
+from vae_scale.evaluation.latents import evaluate_flow, fit_prior, measure_latents
+from vae_scale.models.discriminator import Discriminator
+from vae_scale.models.hierarchical import HierarchicalVAE
+from vae_scale.models.likelihoods import bits_per_dim
+from vae_scale.models.networks import build_model
+from vae_scale.models.pretrained import DISCRIMINATOR_PREFIX
+from vae_scale.models.vae import VAE
+from vae_scale.randomness import derive_seed, make_generator
+from vae_scale.runtime import checkpoint
+from vae_scale.runtime.distributed import DistContext
+from vae_scale.training import augmentation
+from vae_scale.training.objectives import ELBO, FlowMatching, Objective, Tensors
 from vae_scale.training.schedules import kl_weight
 
 
 class Stage(ABC):
-    """What the loop trains.
+    """A model, its objective, and what the training loop needs to know about them.
 
     Attributes:
-        model: All weights, the frozen ones of an earlier stage included.
-        objective: From a share of a batch to the loss and what was measured.
-        measured: Length of what was measured.
-        fits_mixture: Samples are drawn from a mixture, which has to be fitted anew once the latents have moved.
+        model: The model, with the frozen weights of an earlier stage.
+        objective: Maps a batch to the loss and metrics.
+        fits_mixture: Whether samples are drawn from a mixture, which is fitted for each checkpoint.
     """
 
     model: VAE
     objective: Objective
-    measured: int
     fits_mixture = False
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
 
     @abstractmethod
-    def draws(self, images_seen: int, count: int) -> dict[str, Tensor]:
-        """The random numbers of the global batch of `count` images that starts after `images_seen`."""
+    def random_inputs(self, images_seen: int, batch_size: int) -> Tensors:
+        """Returns the random inputs of the objective for the global batch that starts after `images_seen` images."""
 
     @abstractmethod
-    def logged(self, means: list[float], images_seen: int) -> tuple[dict[str, float], str]:
-        """The metrics of some steps, and the one that the progress bar shows."""
+    def format_metrics(self, means: Mapping[str, float], images_seen: int) -> tuple[dict[str, float], str]:
+        """Returns the metrics to log, and the text of the progress bar."""
 
     @abstractmethod
-    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> Mapping[str, float | list[float]]:
-        """How good `model`, the averaged one, is on held-out images."""
+    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, dist: DistContext) -> Mapping[str, float | list[float]]:
+        """Returns metrics of `model`, the averaged model, on held-out images."""
 
-    def fit_mixture(self, model: VAE, batch: int, processes: Processes) -> None:
-        """Gives `model` the mixture of its latents, if the stage `fits_mixture`."""
+    def fit_mixture(self, model: VAE, batch: int, dist: DistContext) -> None:
+        """Sets `model.mixture`, if the stage `fits_mixture`."""
         return
 
-    def labelled(self, draws: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
-        """The random numbers of a share of the batch, and what follows from which images these are."""
-        return draws
+    def add_labels(self, random_inputs: Tensors, rows: Rows) -> Tensors:
+        """Adds the labels of the images at `rows`, if the objective is conditioned on labels."""
+        return random_inputs
 
-    def arguments(self, images_seen: int) -> tuple[Tensor, ...]:
-        """What else the objective takes."""
+    def schedule_values(self, images_seen: int) -> tuple[Tensor, ...]:
+        """Returns the scheduled arguments of the objective: scalars."""
         return ()
 
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups of parameters."""
-        return [{"params": [parameter for _, parameter in trained(self.model)]}]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns the parameter groups of the optimizer."""
+        return [{"params": [parameter for _, parameter in trainable_parameters(self.model)]}]
 
-    def stepped(self, measured: Tensor, taken: Tensor) -> None:
-        """Called after each step with what was measured on the global batch, and whether the step was `taken`: a scalar."""
+    def on_step_end(self, metrics: Tensors, is_taken: Tensor) -> None:
+        """Called after each step with the metrics of the global batch, and whether the step was taken."""
         return
 
-    def _source(self, images_seen: int, purpose: str) -> torch.Generator:
-        return generator(self.device, self.config.seed, images_seen, purpose)
-
     def _normal(self, images_seen: int, purpose: str, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._source(images_seen, purpose), device=self.device)
+        return torch.randn(shape, generator=self._generator(images_seen, purpose), device=self.device)
 
     def _uniform(self, images_seen: int, purpose: str, count: int) -> Tensor:
-        return torch.rand(count, generator=self._source(images_seen, purpose), device=self.device)
+        return torch.rand(count, generator=self._generator(images_seen, purpose), device=self.device)
 
-    def _flips(self, images_seen: int, count: int) -> dict[str, Tensor]:
-        return {"flips": self._uniform(images_seen, "flip", count) < 0.5} if self.config.data.flip else {}
+    def _flips(self, images_seen: int, count: int) -> Tensors:
+        return {"flips": self._uniform(images_seen, "flip", count) < 0.5} if self.config.data.horizontal_flip else {}
 
     def _augmentation(self, images_seen: int, count: int) -> Tensor:
-        return augmentation.draw(self.config.data, count, self._source(images_seen, "augmentation"))
+        return augmentation.random_parameters(self.config.data, count, self._generator(images_seen, "augmentation"))
+
+    def _generator(self, images_seen: int, purpose: str) -> torch.Generator:
+        return make_generator(self.device, self.config.seed, images_seen, purpose)
 
 
-def trained(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """The parameters that are not frozen, with their names."""
+def trainable_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Returns names and values of the parameters that require gradients."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
@@ -101,118 +104,132 @@ class VAEStage(Stage):
     def __init__(self, config: Config, device: torch.device, train_set: ShardSet) -> None:
         super().__init__(config, device)
         self.train_set = train_set
-        self.model = build(config.model, train_set.image_shape[0])
-        if config.objective.critic:
-            self.model.critic = Critic(config.objective.critic_width)
-        self.measured = 5 if config.objective.critic else 4
-        self.fits_mixture = not isinstance(self.model, LadderVAE)  # whose latents are N(0, I) under its own learned prior
+        self.model = build_model(config.model, train_set.image_shape[0])
+        if config.objective.uses_discriminator:
+            self.model.discriminator = Discriminator(config.objective.discriminator_width)
+        self.fits_mixture = not isinstance(self.model, HierarchicalVAE)  # whose prior is learned with it
         self.model.to(device).to(memory_format=torch.channels_last)
         self.objective = ELBO(self.model, config)
 
-    def draws(self, images_seen: int, count: int) -> dict[str, Tensor]:
+    def random_inputs(self, images_seen: int, batch_size: int) -> Tensors:
         """See `Stage`."""
-        drawn = {"noise": self._normal(images_seen, "posterior", count, *self.model.latent_shape)}
-        if self.config.data.crop or self.config.data.colour:
-            drawn["augmentation"] = self._augmentation(images_seen, count)
-        return drawn | self._flips(images_seen, count)
+        inputs = {"noise": self._normal(images_seen, "posterior", batch_size, *self.model.latent_shape)}
+        if self.config.data.random_crop or self.config.data.color_jitter:
+            inputs["augmentation"] = self._augmentation(images_seen, batch_size)
+        return inputs | self._flips(images_seen, batch_size)
 
-    def arguments(self, images_seen: int) -> tuple[Tensor, ...]:
-        """Beta, and whether the critic is heard."""
-        heard = float(images_seen >= self.config.objective.critic_start)
-        # Filled on the device: a copy from the host would wait for it.
-        return tuple(
-            torch.full((), value, device=self.device) for value in (kl_weight(self.config.objective, images_seen), heard)
-        )
+    def schedule_values(self, images_seen: int) -> tuple[Tensor, ...]:
+        """Returns beta and the factor of the adversarial terms."""
+        adversarial_factor = float(images_seen >= self.config.objective.discriminator_start)
+        values = kl_weight(self.config.objective, images_seen), adversarial_factor
+        # Filled on the device: a copy from the host would synchronize with it.
+        return tuple(torch.full((), value, device=self.device) for value in values)
 
-    def groups(self) -> list[dict[str, Any]]:
-        """The critic's gradients have no long memory (betas 0 and 0.9): what it has to find changes all the time."""
-        parameters = dict(trained(self.model))
-        critic = [parameters.pop(name) for name in list(parameters) if name.startswith(CRITIC)]
-        own = [{"params": critic, "betas": (0.0, 0.9)}] if critic else []
-        return [{"params": list(parameters.values())}, *own]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns two groups if there is a discriminator, which is trained with betas (0, 0.9)."""
+        parameters = dict(trainable_parameters(self.model))
+        discriminator = [parameters.pop(name) for name in list(parameters) if name.startswith(DISCRIMINATOR_PREFIX)]
+        groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
+        return [*groups, {"params": discriminator, "betas": (0.0, 0.9)}] if discriminator else groups
 
-    def stepped(self, measured: Tensor, taken: Tensor) -> None:
-        """Moves the likelihood's scale."""
-        self.model.likelihood.follow(measured[3], taken)
+    def on_step_end(self, metrics: Tensors, is_taken: Tensor) -> None:
+        """Updates the scale of the likelihood."""
+        self.model.likelihood.update_scale(metrics["reconstruction_error"], is_taken)
 
-    def logged(self, means: list[float], images_seen: int) -> tuple[dict[str, float], str]:
+    def format_metrics(self, means: Mapping[str, float], images_seen: int) -> tuple[dict[str, float], str]:
         """See `Stage`."""
-        loss, reconstruction, kl, _, *critic = means
-        values = {
-            "train/loss": loss,
-            "train/nats": reconstruction + kl,
-            "train/reconstruction_nats": reconstruction,
-            "train/kl_nats": kl,
+        neg_elbo = means["reconstruction"] + means["kl"]
+        metrics = {
+            "train/loss": means["loss"],
+            "train/neg_elbo": neg_elbo,
+            "train/reconstruction": means["reconstruction"],
+            "train/kl": means["kl"],
             "train/beta": kl_weight(self.config.objective, images_seen),
         }
-        if critic:
-            values["train/critic_loss"] = critic[0]
-        if not self.model.likelihood.normalised:
-            return values, f"loss {loss:,.0f} nats"
-        values["train/bits_per_dim"] = bits_per_dim(reconstruction + kl, self.model.dimensions)
-        return values, f"{values['train/bits_per_dim']:.3f} bits/dim"
+        if "discriminator_loss" in means:
+            metrics["train/discriminator_loss"] = means["discriminator_loss"]
+        if not self.model.likelihood.is_normalized:
+            return metrics, f"loss {means['loss']:,.0f} nats"
+        metrics["train/bits_per_dim"] = bits_per_dim(neg_elbo, self.model.dimensions)
+        return metrics, f"{metrics['train/bits_per_dim']:.3f} bits/dim"
 
-    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> Mapping[str, float | list[float]]:
-        """The ELBO."""
-        return evaluate(model, test_set, self.config.evaluate.images, batch, self.config.seed, processes)
+    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, dist: DistContext) -> Mapping[str, float | list[float]]:
+        """Returns the ELBO and its terms."""
+        return evaluate(model, test_set, self.config.evaluate.images, batch, self.config.seed, dist)
 
-    def fit_mixture(self, model: VAE, batch: int, processes: Processes) -> None:
+    def fit_mixture(self, model: VAE, batch: int, dist: DistContext) -> None:
         """See `Stage`."""
-        model.mixture = fit_prior(model, self.train_set, self.config.evaluate.latents, batch, self.config.seed, processes)
+        model.mixture = fit_prior(model, self.train_set, self.config.evaluate.prior_fit_images, batch, self.config.seed, dist)
 
 
 class FlowStage(Stage):
-    """The second stage: a flow over the latents of a VAE, whose averaged weights are frozen.
+    """The second stage: a flow over the latents of a frozen VAE with averaged weights.
 
     Raises:
-        UserError: there is no such VAE, it has no map of latents, or it was trained on images of another size.
+        UserError: If the VAE does not exist, has a learned prior or other image size, or `prior.patch_size` does not divide its
+            latents.
     """
 
-    measured = 1
-
-    def __init__(self, config: Config, device: torch.device, train_set: ShardSet, batch: int, processes: Processes) -> None:
+    def __init__(self, config: Config, device: torch.device, train_set: ShardSet, dist: DistContext) -> None:
         super().__init__(config, device)
-        assert config.prior.vae is not None
-        self.model = VAE.from_pretrained(checkpoint.newest_of(config.prior.vae, "prior.vae"), "ema.safetensors").to(device)
-        side, resolution = train_set.image_shape[0], self.model.resolution
-        if side != resolution:
-            raise UserError(f"prior.vae {config.prior.vae}: is for {resolution} pixels a side; the shards' images have {side}")
-        if isinstance(self.model, LadderVAE):
-            raise UserError(f"prior.vae {config.prior.vae}: a ladder's latents have a learned prior already; give a VAE")
+        prior = config.prior
+        assert prior.vae is not None
+        self.model = VAE.from_pretrained(checkpoint.require_checkpoint(prior.vae, "prior.vae"), "ema.safetensors").to(device)
+        size, resolution = train_set.image_shape[0], self.model.resolution
+        if size != resolution:
+            raise UserError(
+                f"prior.vae {prior.vae}: was trained on {resolution}x{resolution} images, the shards have {size}x{size}"
+            )
+        if isinstance(self.model, HierarchicalVAE):
+            raise UserError(f"prior.vae {prior.vae}: a hierarchical VAE has a learned prior already; use another VAE")
         self.model.requires_grad_(False).to(memory_format=torch.channels_last)
         config.model = self.model.config
         self.labels = torch.from_numpy(train_set.labels).to(device)
-        prior = config.prior
-        if self.model.latent_shape[1] % prior.patch:
-            raise UserError(f"prior.patch is {prior.patch}; the latents are {self.model.latent_shape[1]} a side")
-        flow = self.model.add_flow(prior.width, prior.depth, prior.patch, train_set.class_names).to(device)
-        flow.shift, flow.scale = measure_latents(self.model, train_set, config.evaluate.latents, batch, processes)
+        latent_size = self.model.latent_shape[1]
+        if latent_size % prior.patch_size:
+            raise UserError(f"prior.patch_size is {prior.patch_size}; it must divide the latents' size, {latent_size}")
+        flow = self.model.add_flow(prior.width, prior.depth, prior.patch_size, train_set.class_names).to(device)
+        batch = 64 if config.train.batch_size == "auto" else config.train.global_batch_size // dist.world_size
+        num_images = config.evaluate.prior_fit_images
+        flow.latent_mean, flow.latent_std = measure_latents(self.model, train_set, num_images, batch, dist)
         self.objective = FlowMatching(self.model, config)
 
-    def draws(self, images_seen: int, count: int) -> dict[str, Tensor]:
+    def random_inputs(self, images_seen: int, batch_size: int) -> Tensors:
         """See `Stage`. Times are logit-normal (Esser et al., 2024, sec. 3.1)."""
-        shape = (count, *self.model.latent_shape)
+        shape = (batch_size, *self.model.latent_shape)
         return {
             "noise": self._normal(images_seen, "posterior", *shape),
             "start": self._normal(images_seen, "flow", *shape),
-            "time": self._normal(images_seen, "time", count).sigmoid(),
-            "hidden": self._uniform(images_seen, "label", count),
-            "augmentation": self._augmentation(images_seen, count),
-        } | self._flips(images_seen, count)
+            "time": self._normal(images_seen, "time", batch_size).sigmoid(),
+            "label_dropout": self._uniform(images_seen, "label", batch_size),
+            "augmentation": self._augmentation(images_seen, batch_size),
+        } | self._flips(images_seen, batch_size)
 
-    def labelled(self, draws: dict[str, Tensor], rows: Rows) -> dict[str, Tensor]:
-        """Adds the images' labels, some of them hidden."""
+    def add_labels(self, random_inputs: Tensors, rows: Rows) -> Tensors:
+        """Adds the labels of the images, some of them dropped."""
         assert self.model.flow is not None
-        label = self.labels[to_device(rows, self.device)]
-        named = (label >= 0) & (label < self.model.flow.classes)  # WebDatasets of others have labels without names
-        unknown = ~named | (draws["hidden"] < self.config.prior.hide_label)
-        return draws | {"label": label.masked_fill(unknown, self.model.flow.classes)}
+        num_classes = self.model.flow.num_classes
+        labels = self.labels[to_device(rows, self.device)]
+        has_class = (labels >= 0) & (labels < num_classes)  # labels of other WebDatasets may have no class name
+        is_dropped = ~has_class | (random_inputs["label_dropout"] < self.config.prior.class_dropout_prob)
+        return random_inputs | {"label": labels.masked_fill(is_dropped, num_classes)}
 
-    def logged(self, means: list[float], images_seen: int) -> tuple[dict[str, float], str]:
+    def format_metrics(self, means: Mapping[str, float], images_seen: int) -> tuple[dict[str, float], str]:
         """See `Stage`."""
-        return {"train/loss": means[0]}, f"velocity error {means[0]:.4f}"
+        return {"train/loss": means["loss"]}, f"velocity error {means['loss']:.4f}"
 
-    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, processes: Processes) -> Mapping[str, float | list[float]]:
-        """The velocity error on held-out images, averaged over times."""
+    def evaluate(self, model: VAE, test_set: ShardSet, batch: int, dist: DistContext) -> Mapping[str, float | list[float]]:
+        """Returns the velocity error, averaged over times."""
         objective = FlowMatching(model, self.config)
-        return evaluate_flow(objective, test_set, self.config.evaluate.images, batch, self.config.seed, processes)
+        return evaluate_flow(
+            model, objective.velocity_error, test_set, self.config.evaluate.images, batch, self.config.seed, dist
+        )
+
+
+def build_stage(config: Config, device: torch.device, train_set: ShardSet, dist: DistContext) -> Stage:
+    """Returns the stage that the configuration selects, with initial weights."""
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    if config.prior.vae is not None:
+        return FlowStage(config, device, train_set, dist)
+    check_image_shape(config.model, train_set.image_shape)
+    return VAEStage(config, device, train_set)

@@ -1,0 +1,231 @@
+"""Images per second of the stream and of other loaders on the same images, and how well shuffle windows shuffle.
+
+    python tests/benchmarks/compare_loaders.py --shards DIR [--scratch DIR] [--json FILE]
+
+Requires `pip install -e ".[bench]"` for litdata and MosaicML Streaming; FFCV is measured if it is installed.
+"""
+
+import argparse
+import functools
+import hashlib
+import itertools
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from loader_peers import Peer, peers
+from torch import Tensor
+from tqdm import tqdm
+
+from vae_scale.bench import add_measuring_options, check_positive
+from vae_scale.benchmark.data import LIMIT, Tasks, gather_limit_tasks, measure_throughput, stream_tasks
+from vae_scale.benchmark.measuring import Row, alternate, machine, markdown, table, write_report
+from vae_scale.data.images import Images, Rows
+from vae_scale.data.packing import PackOptions, Source, pack
+from vae_scale.data.plan import Plan
+from vae_scale.data.shards import ShardSet
+from vae_scale.data.stream import Stream
+from vae_scale.errors import UserError, cli_main
+
+COMPACT_ENCODINGS = ("png", "jpg")
+COMPACT_WINDOW = 4  # shards
+EPOCHS = 5  # of a run with compact shards, so that decoding ahead at its end weighs little
+MAX_JPEG_DIFFERENCE = 3.0  # mean absolute difference, of 255
+SHUFFLE_WINDOWS = (1, 4, 16)
+
+
+@dataclass(frozen=True)
+class ShuffleQuality:
+    """How random an order of n images is. A random permutation has 1/3, 2/n, and the largest shard's share.
+
+    Attributes:
+        window: Shards shuffled together; None for a random permutation.
+        displacement: Mean distance between an image's positions in the set and in the order, over n.
+        neighbors: Fraction of images followed by one of their two neighbors in the set.
+        same_shard: Fraction of images followed by an image of the same shard.
+    """
+
+    window: int | None
+    displacement: float
+    neighbors: float
+    same_shard: float
+
+
+@dataclass
+class LoaderReport:
+    """Throughput of all loaders.
+
+    Attributes:
+        rows: Images per second.
+        ratios: `of_gather_limit`, and the stream over the fastest loader of each library.
+        shuffle: Quality of shuffle windows.
+        missing: Libraries that cannot be measured here, and why.
+    """
+
+    rows: list[Row]
+    ratios: dict[str, float]
+    shuffle: list[ShuffleQuality]
+    missing: dict[str, str]
+
+
+def measure(shards: ShardSet, batch: int, repeats: int, scratch: Path) -> LoaderReport:
+    """Measures all loaders, after checking that each returns every image of the set once per epoch.
+
+    Raises:
+        UserError: there are too few images, or a loader returns other images.
+    """
+    if len(shards) < 2 * batch:
+        raise UserError(f"{shards.location}: {len(shards):,} images are too few to measure batches of {batch}")
+    images = shards.load_images(np.arange(len(shards)))
+    tasks = gather_limit_tasks(images, batch) | stream_tasks(shards, batch)
+    check_stream(shards, images, batch)
+    if shards.encoding == "npy":
+        for encoding in COMPACT_ENCODINGS:
+            packed = pack_images(images, scratch, encoding)
+            check_stream(packed, images, batch, MAX_JPEG_DIFFERENCE if encoding == "jpg" else 0.0)
+            tasks |= compact_stream_task(packed, batch)
+    rows = alternate(tasks, repeats, "measuring the stream")
+    # Measured last, since the threads some of them leave behind would slow the stream down.
+    loaders, missing = peers(images, scratch, batch)
+    for peer in tqdm(loaders, "checking images", unit=" loaders"):
+        check_peer(peer, images)
+    rows |= alternate({peer.name: functools.partial(measure_epoch, peer) for peer in loaders}, repeats, "measuring others")
+    sizes = [shard.samples for shard in shards.shards]
+    windows = [*(window for window in SHUFFLE_WINDOWS if window < len(sizes)), len(sizes)]
+    return LoaderReport(
+        list(rows.values()), compare(rows, loaders, shards.encoding), shuffle_quality(sizes, batch, windows), missing
+    )
+
+
+def compact_stream_task(shards: ShardSet, batch: int) -> Tasks:
+    """The stream over shards of compressed images, from a cold start, so that decoding ahead is counted."""
+
+    def run() -> float:
+        stream = Stream(shards, batch, seed=0, window=COMPACT_WINDOW)
+        return measure_throughput((batch for _ in stream), images=EPOCHS * len(shards))
+
+    return {f"vae_scale, {shards.encoding}": run}
+
+
+def pack_images(images: Images, scratch: Path, encoding: str) -> ShardSet:
+    """Packs images into shards with another encoding."""
+    out = scratch / f"{hashlib.sha256(images.data).hexdigest()[:12]}-{encoding}"
+    pack(Source([_InMemorySplit("train", images)], [], dict), out, PackOptions("vae_scale", encoding), os.cpu_count() or 1)
+    return ShardSet.open(out)
+
+
+class _InMemorySplit:
+    """Images in memory as a split to pack."""
+
+    def __init__(self, name: str, images: Images) -> None:
+        self.name, self.images = name, images
+        self.labels = [-1] * len(images)
+        self.shape = images.shape[1:]
+
+    def fetch(self, start: int, stop: int) -> Images:
+        return self.images[start:stop]
+
+    def decode(self, raw: Images) -> Images:
+        return raw
+
+
+def check_stream(shards: ShardSet, images: Images, batch: int, tolerance: float = 0.0) -> None:
+    """Raises UserError unless an epoch of the stream holds all images, to a mean absolute difference of `tolerance`."""
+    batches = ((batch.images, batch.rows) for batch in Stream(shards, batch, seed=0))
+    num_batches = -(-len(shards) // batch)
+    check_images(f"vae_scale, {shards.encoding}", itertools.islice(batches, num_batches), images, tolerance)
+
+
+def check_peer(peer: Peer, images: Images) -> None:
+    """Raises UserError unless an epoch of a loader holds all images."""
+    batches = ((peer.pixels(batch), numbers.numpy()) for batch, numbers in peer.epoch())
+    check_images(peer.name, batches, images, 0.0 if peer.lossless else MAX_JPEG_DIFFERENCE)
+
+
+def check_images(name: str, batches: Iterator[tuple[Tensor, Rows]], images: Images, tolerance: float) -> None:
+    """Raises UserError if an image differs or is missing."""
+    counts = np.zeros(len(images), np.int64)
+    for pixels, rows in batches:
+        difference = np.abs(pixels.numpy().astype(np.int16) - images[rows]).reshape(len(rows), -1).mean(1)
+        if (difference > tolerance).any():
+            worst = difference.argmax()
+            raise UserError(f"{name}: image {rows[worst]} differs from the set's by {difference[worst]:.1f} of 255")
+        np.add.at(counts, rows, 1)
+    if (counts == 0).any():
+        raise UserError(f"{name}: {(counts == 0).sum():,} of {len(counts):,} images are missing")
+
+
+def measure_epoch(peer: Peer) -> float:
+    """Returns images per second of an epoch, after its first batch."""
+    sizes = (len(numbers) for _, numbers in peer.epoch())
+    next(sizes)
+    begin = time.perf_counter()
+    return sum(sizes) / (time.perf_counter() - begin)
+
+
+def compare(rows: dict[str, Row], loaders: Sequence[Peer], encoding: str) -> dict[str, float]:
+    """The stream over the gather limit, over the best of each library, and over webdataset with the same encoding."""
+
+    def best(*prefixes: str) -> float:
+        return max((row.median for row in rows.values() if row.name.startswith(prefixes)), default=math.nan)
+
+    stream = rows[f"vae_scale, {encoding}"].median
+    ratios = {"of_gather_limit": stream / best(LIMIT)}
+    for family in dict.fromkeys(peer.family for peer in loaders):
+        ratios[f"over_{family}"] = stream / best(*(peer.name for peer in loaders if peer.family == family))
+    for compact in COMPACT_ENCODINGS:
+        ratios[f"{compact}_over_webdataset"] = best(f"vae_scale, {compact}") / best(f"webdataset, {compact}")
+    return {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
+
+
+def shuffle_quality(sizes: Sequence[int], batch: int, windows: Sequence[int], epochs: int = 10) -> list[ShuffleQuality]:
+    """Measures orders shuffled within windows of shards of the given sizes, and a random permutation; means over epochs."""
+    num_images, shard_of = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
+
+    def quality(window: int | None, orders: list[Rows]) -> ShuffleQuality:
+        displacement = np.mean([np.abs(order - np.arange(num_images)).mean() / num_images for order in orders])
+        neighbors = np.mean([(np.abs(np.diff(order)) == 1).mean() for order in orders])
+        same_shard = np.mean([(np.diff(shard_of[order]) == 0).mean() for order in orders])
+        return ShuffleQuality(window, float(displacement), float(neighbors), float(same_shard))
+
+    plans = {window: Plan(sizes, 0, batch, window) for window in windows}
+    measured = [quality(window, [plan.epoch_order(epoch) for epoch in range(epochs)]) for window, plan in plans.items()]
+    return [*measured, quality(None, [np.random.default_rng(epoch).permutation(num_images) for epoch in range(epochs)])]
+
+
+@cli_main
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line `argv`, which defaults to the process's own."""
+    parser = argparse.ArgumentParser(description="Measure the stream and other loaders on the same images.")
+    parser.add_argument("--shards", required=True, metavar="DIR", help="output folder of python -m vae_scale.pack")
+    parser.add_argument("--batch", type=int, default=256, metavar="N", help="images per batch (default: 256)")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="keep other formats there (default: a temporary folder)")
+    add_measuring_options(parser)
+    args = parser.parse_args(argv)
+    check_positive(args, "batch", "repeats")
+    shards = ShardSet.open(args.shards)
+    with tempfile.TemporaryDirectory() as temporary:
+        report = measure(shards, args.batch, args.repeats, args.scratch or Path(temporary))
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    print(f"{args.shards}: {len(shards):,} images, {len(shards.shards)} shards, {shards.encoding}; batches of {args.batch}\n")
+    print(table(report.rows))
+    print()
+    print(markdown([["ratio", ""], *([name, f"{ratio:,.2f}"] for name, ratio in report.ratios.items())]))
+    print()
+    lines = [["window (shards)", "displacement", "neighbors", "same shard"]]
+    for quality in report.shuffle:
+        window = "all" if quality.window == len(shards.shards) else str(quality.window or "random permutation")
+        lines.append([window, f"{quality.displacement:.3f}", f"{quality.neighbors:.5f}", f"{quality.same_shard:.3f}"])
+    print(markdown(lines))
+    for family, reason in report.missing.items():
+        print(f"skipped {family}: {reason}")
+    write_report(args.json, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,486 @@
+"""Other training loops with the same images, batch, precision and network, each written as its documentation recommends.
+
+EMA, logging, checkpoints, augmentation except flips, and updates of the likelihood's scale are omitted, which can only make
+these loops faster. Gradients are clipped where the library's example does.
+"""
+
+import contextlib
+import copy
+import io
+import itertools
+import logging
+import math
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from vae_scale.benchmark.measuring import Row, synchronize
+from vae_scale.config.options import Config
+from vae_scale.data.images import Images
+from vae_scale.data.stl10 import SIDE, write_binaries
+from vae_scale.errors import UserError, one_line
+from vae_scale.models.blocks import Downsample, Upsample
+from vae_scale.models.hierarchical import HierarchicalVAE
+from vae_scale.models.kl import KLVAE
+from vae_scale.models.networks import build_model
+from vae_scale.models.vae import VAE
+from vae_scale.training.trainer import Trainer
+
+IMAGES = 2_000  # that the others get, or the most whole batches among them
+MIN_STEPS = 6  # of a run; the first is not counted
+REMEDY = "pip install 'vae_scale[bench]'"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+OnStepEnd = Callable[[Tensor], None]  # called with the loss, a scalar
+
+
+@dataclass
+class Peer:
+    """A training loop. Runs continue from each other; loops that differ only in their workers share a model.
+
+    Attributes:
+        name: Name in tables.
+        family: notebook, torch, lightning, diffusers or pythae.
+        model: The trained model.
+        train: Runs a number of steps.
+        device: Device of the model.
+        batch: Images per step.
+        seconds: Approximate duration of a run; the first has few steps.
+        losses: Losses of all steps so far.
+    """
+
+    name: str
+    family: str
+    model: nn.Module
+    train: Callable[[int, OnStepEnd], None]
+    device: torch.device
+    batch: int
+    seconds: float
+    losses: list[float] = field(default_factory=list)
+    _steps: int = MIN_STEPS
+
+    def run(self) -> float:
+        """Images per second, from the end of the first step, which waits for workers to start, to the end of the last."""
+        times: list[float] = []
+        losses: list[Tensor] = []
+
+        def ended(loss: Tensor) -> None:
+            losses.append(loss.detach().float())
+            if len(losses) in (1, self._steps):
+                synchronize(self.device)
+                times.append(time.perf_counter())
+
+        self.train(self._steps, ended)
+        began, done = times
+        speed = (self._steps - 1) * self.batch / (done - began)
+        self.losses += torch.stack(losses).tolist()
+        self._steps = max(MIN_STEPS, math.ceil(speed * self.seconds / self.batch))
+        return speed
+
+    @property
+    def learns(self) -> bool:
+        """Whether the loss of the last quarter of all steps is below that of the first."""
+        quarter = max(1, len(self.losses) // 4)
+        return statistics.fmean(self.losses[-quarter:]) < statistics.fmean(self.losses[:quarter])
+
+
+def peers(trainer: Trainer, seconds: float, scratch: Path, families: Sequence[str] = ()) -> tuple[list[Peer], dict[str, str]]:
+    """Creates loops that train what a trainer trains.
+
+    Args:
+        trainer: The reference.
+        seconds: Approximate duration of a run.
+        scratch: Output folder.
+        families: Libraries; all of them if empty.
+
+    Returns:
+        The loops, and for each library that is not available, the reason in one line.
+
+    Raises:
+        UserError: the trainer trains a prior or uses a discriminator, there are too few images, or a library is unknown.
+    """
+    config, train_set = trainer.config, trainer.train_set
+    known = {setup.__name__.removeprefix("_"): setup for setup in (_notebook, _torch, _lightning, _diffusers, _pythae)}
+    if unknown := set(families) - set(known):
+        raise UserError(f"--peers has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    if config.prior.vae is not None or config.objective.uses_discriminator:
+        raise UserError(
+            "--peers goes with the training of a VAE: without prior.vae, objective.adversarial_weight and .perceptual"
+        )
+    if train_set.image_shape[:2] != (SIDE, SIDE):
+        raise UserError(f"--peers reads STL-10's own files, so the shards' images must be {SIDE}x{SIDE}")
+    batch = config.train.global_batch_size
+    count = min(len(train_set), max(IMAGES, batch)) // batch * batch
+    if not count:
+        raise UserError(f"{train_set.location}: {len(train_set):,} images are too few for batches of {batch}")
+    images = train_set.load_images(np.arange(count))
+    mixed, compiled = trainer.accelerator.mixed_precision, trainer.forward is not trainer.objective
+    common = _Common(config, images, scratch, trainer.device, mixed, compiled, seconds)
+    common.write()
+    loops: list[Peer] = []
+    missing: dict[str, str] = {}
+    for name in families or known:
+        try:
+            with _quiet():
+                loops += known[name](common)
+        except UserError as error:
+            missing[name] = str(error)
+        except ImportError as error:
+            missing[name] = f"{one_line(error)}: {REMEDY}"
+    return loops, missing
+
+
+def compare(speed: float, loops: list[Peer], rows: Mapping[str, Row]) -> tuple[dict[str, float], dict[str, str]]:
+    """Returns the speed of the trainer over the best of each library and over the fastest loop; and loops that do not learn.
+
+    Args:
+        speed: Images per second of the trainer.
+        loops: Loops after their runs.
+        rows: Their measurements, by name.
+    """
+    idle = {peer.name: "does not learn: its loss did not fall" for peer in loops if not peer.learns}
+    best: dict[str, float] = {}
+    for peer in loops:
+        if peer.name not in idle:
+            best[peer.family] = max(best.get(peer.family, 0.0), rows[peer.name].median)
+    ratios = {f"over_{family}": speed / other for family, other in best.items()}
+    if ratios:
+        ratios["over_fastest_peer"] = min(ratios.values())
+    return ratios, idle
+
+
+def plain(model: VAE) -> VAE:
+    """Returns an equivalent copy built from torch's own layers, in contiguous memory.
+
+    GroupNorm is torch's, and PixelShuffle and PixelUnshuffle, which keep memory contiguous, fold and unfold pixels.
+    """
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.GroupNorm):
+                own = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps)
+                own.load_state_dict(layer.state_dict())
+                setattr(parent, name, own.to(layer.weight.device))
+            elif isinstance(layer, Downsample):
+                setattr(parent, name, _fold(layer.proj, 2))
+            elif isinstance(layer, Upsample):
+                setattr(parent, name, _unfold(layer.proj, 2))
+    if model.config.network in ("resnet", "hierarchical"):
+        encoder: Any = model.encoder
+        decoder: Any = model.decoder
+        encoder.stem, decoder.head = _fold(encoder.stem, encoder.patch), _unfold(decoder.head, decoder.patch)
+        encoder.patch = decoder.patch = 1  # what is left for the networks themselves to fold
+    return model
+
+
+def _fold(layer: nn.Conv2d, side: int) -> nn.Module:
+    """Our channels are ordered by place, then colour; PixelUnshuffle's by colour, then place."""
+    weight = rearrange(layer.weight.detach(), "o (p q c) h w -> o (c p q) h w", p=side, q=side)
+    layer.weight = nn.Parameter(weight.contiguous())
+    return nn.Sequential(nn.PixelUnshuffle(side), layer)
+
+
+def _unfold(layer: nn.Conv2d, side: int) -> nn.Module:
+    assert layer.bias is not None
+    weight = rearrange(layer.weight.detach(), "(p q c) i h w -> (c p q) i h w", p=side, q=side)
+    bias = rearrange(layer.bias.detach(), "(p q c) -> (c p q)", p=side, q=side)
+    layer.weight, layer.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.contiguous())
+    return nn.Sequential(layer, nn.PixelShuffle(side))
+
+
+class Loss(nn.Module):
+    """The negative ELBO in nats per image, as a module of its own."""
+
+    def __init__(self, model: VAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images [b, 3, h, w] in [0, 1] to a scalar; noise is N(0, I), [b, *latent_shape], drawn where it is not given."""
+        if noise is None:
+            noise = torch.randn(len(images), *self.model.latent_shape, device=images.device)
+        terms: Tensor = self.model(2 * images - 1, noise).elbo
+        return -terms.mean()
+
+
+@dataclass
+class _Common:
+    """What all peers share."""
+
+    config: Config
+    images: Images
+    scratch: Path
+    device: torch.device
+    mixed: str  # precision in Accelerate's words: no, bf16 or fp16
+    compiled: bool  # whether the trainer is compiled, and with it loops whose documentation recommends it
+    seconds: float
+
+    def write(self) -> None:
+        chunks = iter([(self.images, list[int]())])
+        write_binaries(self.scratch / "stl10_binary", {"unlabeled": chunks}, ["none"])
+
+    def network(self) -> VAE:
+        return plain(build_model(self.config.model, SIDE)).to(self.device)
+
+    def loader(self, workers: int, *transforms: Any) -> "DataLoader[Any]":
+        """Shuffled batches of torchvision's STL10, with `transforms` after ToTensor."""
+        from torchvision.datasets import STL10
+        from torchvision.transforms import Compose, RandomHorizontalFlip, ToTensor
+
+        class Unchecked(STL10):  # type: ignore[misc]
+            def _check_integrity(self) -> bool:
+                return True  # only the official files pass its md5 check
+
+        first = [RandomHorizontalFlip()] if self.config.data.horizontal_flip else []
+        stl10 = Unchecked(str(self.scratch), split="unlabeled", transform=Compose([*first, ToTensor(), *transforms]))
+        pinned = workers > 0 and self.device.type == "cuda"
+        settings: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pinned}
+        return DataLoader(stl10, self.config.train.global_batch_size, shuffle=True, **settings)
+
+    def peer(self, family: str, name: str, model: nn.Module, train: Callable[[int, OnStepEnd], None]) -> Peer:
+        batch = self.config.train.global_batch_size
+        return Peer(f"{family}, {name}", family, model, train, self.device, batch, self.seconds)
+
+
+def _notebook(common: _Common) -> list[Peer]:
+    """The seed notebook's loop: Adam, no workers, and the loss read in every step. With its own network in fp32, as there."""
+    own = common.config.model.network == "seed_notebook"
+    common = replace(common, mixed="no") if own else common
+    loss_of = Loss(common.network())
+    optimizer = torch.optim.Adam(loss_of.parameters(), lr=common.config.optimizer.lr)
+    train = _loop(common, loss_of, optimizer, common.loader(0), torch.contiguous_format, torch.Tensor.item)
+    return [common.peer("notebook", "its own loop in fp32" if own else "its loop, 0 workers", loss_of, train)]
+
+
+def _torch(common: _Common) -> list[Peer]:
+    """A loop as in PyTorch's performance tuning guide.
+
+    Fused optimizer, no device synchronization, pinned memory, torch.compile where the trainer uses it, workers and
+    channels_last. The last two do not help everywhere, so they are also omitted in a second variant.
+    """
+
+    def peer(layout: torch.memory_format, workers: int) -> Peer:
+        loss_of = Loss(common.network()).to(memory_format=layout)
+        if common.compiled:
+            loss_of.compile()
+        optimizer = torch.optim.Adam(loss_of.parameters(), lr=common.config.optimizer.lr, fused=True)
+        train = _loop(common, loss_of, optimizer, common.loader(workers), layout, lambda loss: None)
+        name = "channels_last" if layout == torch.channels_last else "contiguous"
+        return common.peer("torch", f"its tuning guide, {name}, {workers} workers", loss_of, train)
+
+    return [peer(torch.channels_last, _cores()), peer(torch.contiguous_format, 0)]
+
+
+def _loop(
+    common: _Common,
+    loss_of: Loss,
+    optimizer: torch.optim.Optimizer,
+    loader: "DataLoader[Any]",
+    layout: torch.memory_format,
+    read: Callable[[Tensor], object],
+) -> Callable[[int, OnStepEnd], None]:
+    """A plain loop, which does `read` with the loss of each step."""
+    kind = common.device.type
+    scaler = torch.amp.GradScaler(kind, enabled=common.mixed == "fp16")
+
+    def train(steps: int, ended: OnStepEnd) -> None:
+        for images, _ in itertools.islice(_endless(loader), steps):
+            images = images.to(common.device, non_blocking=True).to(memory_format=layout)
+            with torch.autocast(kind, DTYPES.get(common.mixed), enabled=common.mixed != "no"):
+                loss = loss_of(images)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            read(loss)
+            ended(loss)
+
+    return train
+
+
+def _lightning(common: _Common) -> list[Peer]:
+    """Lightning's Trainer, with workers and torch.compile as in its guide to speed; compiled where the trainer is.
+
+    Each run is a fit with an optimizer of its own.
+    """
+    import lightning
+
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss_of = Loss(common.network())
+            if common.compiled:
+                self.loss_of.compile()
+
+        def training_step(self, batch: list[Tensor], number: int) -> Tensor:
+            return self.loss_of(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=common.config.optimizer.lr)
+
+    precision = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[common.mixed]
+    where = {"accelerator": common.device.type, "devices": 1, "precision": precision}
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
+    module = Module()
+
+    def peer(workers: int) -> Peer:
+        loader = common.loader(workers)
+
+        def train(steps: int, ended: OnStepEnd) -> None:
+            class Watch(lightning.Callback):  # type: ignore[misc]
+                def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
+                    ended(outputs["loss"])
+
+            with _quiet():
+                trainer = lightning.Trainer(max_steps=steps, max_epochs=-1, callbacks=[Watch()], **where, **off)
+                trainer.fit(module, loader)
+
+        return common.peer("lightning", f"Trainer, {workers} workers", module, train)
+
+    return [peer(workers) for workers in (0, _cores())]
+
+
+def _diffusers(common: _Common) -> list[Peer]:
+    """AutoencoderKL in an Accelerate loop as its example trains it, but for the perceptual loss and the discriminator.
+
+    The number of workers is an option of the example, 0 by default. Images come from torchvision's STL10, where the example
+    decodes PNG; weights stay fp32 under autocast, where the example converts them to bf16.
+    """
+    model = build_model(common.config.model, SIDE)
+    if not isinstance(model, KLVAE):
+        raise UserError("its AutoencoderKL is another network; --model.network=kl trains the same")
+    from accelerate import Accelerator
+    from diffusers.optimization import get_scheduler
+    from torchvision.transforms import Normalize
+
+    vae = model.to_diffusers().train()
+    accelerator = Accelerator(cpu=common.device.type == "cpu", mixed_precision=common.mixed)
+    adamw = torch.optim.AdamW(vae.parameters(), lr=common.config.optimizer.lr, weight_decay=1e-2)
+    vae, optimizer, scheduler = accelerator.prepare(vae, adamw, get_scheduler("constant", adamw))
+
+    def peer(workers: int) -> Peer:
+        loader = accelerator.prepare(common.loader(workers, Normalize([0.5], [0.5])))
+
+        def train(steps: int, ended: OnStepEnd) -> None:
+            for images, _ in itertools.islice(_endless(loader), steps):
+                with accelerator.accumulate(vae):
+                    with accelerator.autocast():
+                        posterior = accelerator.unwrap_model(vae).encode(images).latent_dist
+                        rebuilt = accelerator.unwrap_model(vae).decode(posterior.sample()).sample
+                    error = nn.functional.mse_loss(rebuilt.float(), images, reduction="sum")
+                    loss = (error + 1e-6 * posterior.kl().sum()) / len(images)
+                    accelerator.backward(loss)
+                    accelerator.clip_grad_norm_(vae.parameters(), 1.0)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                loss.item()
+                ended(loss)
+
+        return common.peer("diffusers", f"AutoencoderKL with Accelerate, {workers} workers", vae, train)
+
+    return [peer(workers) for workers in (0, _cores())]
+
+
+def _pythae(common: _Common) -> list[Peer]:
+    """pythae's VAE and loss around our encoder and decoder; images in memory, no workers, Adam: its defaults.
+
+    A run is its BaseTrainer's loop over one epoch, without the pickle that `train` would write after it. Its `amp` is
+    autocast for CUDA in fp16, so on a CPU it trains in fp32 whatever the others do.
+    """
+    from pythae.data.preprocessors import DataProcessor
+    from pythae.models import VAE as PythaeVAE
+    from pythae.models import VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+    from pythae.trainers.training_callbacks import TrainingCallback
+
+    network, config = common.network(), common.config
+    if isinstance(network, HierarchicalVAE):
+        raise UserError("its VAE has a single latent, not a hierarchy")
+
+    class Encoder(BaseEncoder):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.vae = network
+
+        def forward(self, images: Tensor) -> Any:
+            posterior = self.vae.encode(2 * images - 1)
+            return ModelOutput(embedding=posterior.mean.flatten(1), log_covariance=2 * posterior.log_sigma.flatten(1))
+
+    class Decoder(BaseDecoder):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.vae = network
+
+        def forward(self, latents: Tensor, levels: None = None) -> Any:
+            return ModelOutput(reconstruction=(self.vae.decode(latents.unflatten(1, network.latent_shape)) + 1) / 2)
+
+    settings = VAEConfig(input_dim=(3, SIDE, SIDE), latent_dim=math.prod(network.latent_shape))
+    model = PythaeVAE(settings, encoder=Encoder(), decoder=Decoder())
+    amp = common.device.type == "cuda" and common.mixed != "no"
+    training = BaseTrainerConfig(
+        output_dir=str(common.scratch / "pythae"),
+        num_epochs=1,
+        learning_rate=config.optimizer.lr,
+        per_device_train_batch_size=config.train.global_batch_size,
+        amp=amp,
+        no_cuda=common.device.type == "cpu",
+    )
+    processor = DataProcessor()
+    dataset = processor.to_dataset(processor.process_data(torch.from_numpy(common.images).permute(0, 3, 1, 2) / 255))
+
+    def train(steps: int, ended: OnStepEnd) -> None:
+        losses: list[Tensor] = []
+
+        class Watch(TrainingCallback):  # type: ignore[misc]
+            def on_train_step_end(self, *args: Any, **options: Any) -> None:
+                ended(losses[-1])
+
+        count = steps * config.train.global_batch_size
+        rows = torch.cat([torch.randperm(len(dataset)) for _ in range(-(-count // len(dataset)))])[:count]
+        with _quiet():
+            trainer = BaseTrainer(model, Subset(dataset, rows.tolist()), training_config=training, callbacks=[Watch()])
+            trainer.prepare_training()
+            hook = model.register_forward_hook(lambda _, inputs, output: losses.append(output.loss.detach()))
+            try:
+                trainer.train_step(1)
+            finally:
+                hook.remove()
+
+    return [common.peer("pythae", f"BaseTrainer, {'fp16' if amp else 'fp32'}", model, train)]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps messages of the libraries out of the report."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(before)

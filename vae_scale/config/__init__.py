@@ -1,0 +1,1 @@
+"""Options of training: what there is, and how it is read."""

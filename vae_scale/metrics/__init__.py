@@ -1,1 +1,0 @@
-"""What images are like, measured: they know tensors, and neither models nor data."""

@@ -1,0 +1,1 @@
+"""How processes run: devices, precision, sharding, signals, checkpoints."""

@@ -1,0 +1,64 @@
+"""FSDP2: weights, gradients and optimizer state sharded over all ranks (`launch/fsdp2.yaml`).
+
+Results match those of DDP up to rounding, and checkpoints have the same format.
+"""
+
+import os
+
+import torch
+from accelerate.utils import str_to_bool
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vae_scale.errors import UserError
+from vae_scale.models.blocks import Block
+
+
+def fsdp_enabled() -> bool:
+    """Returns whether the launcher requested FSDP. Accelerate itself supports it on GPUs only."""
+    return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+
+
+def apply_fsdp(objective: nn.Module, device: torch.device, world_size: int, grad_reduce_dtype: str) -> FSDPModule:
+    """Shards the weights of `objective` over all ranks, block by block. `grad_reduce_dtype` is fp32 or bf16.
+
+    Raises:
+        UserError: if a parameter is a scalar, which FSDP2 cannot shard.
+    """
+    if scalars := [name for name, parameter in objective.named_parameters() if not parameter.ndim]:
+        raise UserError(
+            f"{scalars[0]} is a scalar, which FSDP2 cannot shard: use another model.likelihood_scale or launch/ddp.yaml"
+        )
+    for parameter in objective.parameters():
+        parameter.data = parameter.data.contiguous()  # FSDP2 does not support channels_last weights
+    mesh = init_device_mesh(device.type, (world_size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if grad_reduce_dtype == "bf16" else None)
+    for module in objective.modules():
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    sharded = fully_shard(objective, mesh=mesh, mp_policy=policy)
+    if device.type == "cpu":  # with gloo, torch 2.8 returns the sum instead of the average
+        for module in objective.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+    return sharded
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns the unsharded tensor. All ranks must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Returns this rank's shard of a tensor, without copying."""
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def shard_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """Copies an unsharded tensor to the memory format and the sharding of `reference`."""
+    if isinstance(reference, DTensor):
+        return distribute_tensor(tensor.to(reference.device), reference.device_mesh, reference.placements)
+    return torch.empty_like(reference.detach()).copy_(tensor)

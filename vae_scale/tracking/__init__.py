@@ -1,0 +1,1 @@
+"""What a person sees of a run: metrics, pictures, the terminal."""
