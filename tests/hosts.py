@@ -18,8 +18,8 @@ def skip_reason() -> str | None:
     if os.geteuid() != 0:
         return "hosts need root"
     command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "ip", "link", "set", "lo", "up"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    return f"hosts need namespaces: {ran.stderr.strip()}" if ran.returncode else None
+    result = subprocess.run(command, capture_output=True, text=True)
+    return f"hosts need namespaces: {result.stderr.strip()}" if result.returncode else None
 
 
 class Host:

@@ -1,9 +1,14 @@
-"""Starts training in separate processes, as users do."""
+"""Starts training, in this process or in separate ones."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vae_scale.training.trainer import Trainer
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 DDP, FSDP2, MULTI_NODE = (LAUNCH / name for name in ("ddp.yaml", "fsdp2.yaml", "multi_node.yaml"))
@@ -25,16 +30,31 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def train(processes: int, *options: object, program: str | None = None, config: Path = DDP, **extra: str) -> str:
-    """Trains to the end and returns the output."""
+    """Trains in separate processes and returns their output."""
     arguments = command(processes, *options, program=program, config=config)
     run = subprocess.run(arguments, env=environment(**extra), capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout + run.stderr
 
 
+def train_options(shards: Path, run: Path, *more: object) -> list[str]:
+    """Returns options that train a tiny network without a tracker."""
+    from conftest import TINY  # conftest imports this module
+
+    return [f"--data.shards={shards}", f"--run={run}", *TINY, "--track.tracker=none", *map(str, more)]
+
+
+def train_in_process(*options: str) -> "Trainer":
+    """Trains in this process and returns the trainer."""
+    from vae_scale.config.parsing import parse
+    from vae_scale.training.trainer import Trainer
+
+    trainer = Trainer(parse(list(options))[0])
+    trainer.run()
+    return trainer
+
+
 def losses(run: Path) -> dict[int, float]:
     """Returns the logged training loss by number of images."""
-    import json
-
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["images"]: line["train/loss"] for line in lines if "train/loss" in line}

@@ -30,7 +30,7 @@ BAD = "stl10-train-000001.tar"  # samples 25 to 49; the next holds 50 to 59
 
 
 @pytest.fixture
-def copy(shards: Path, tmp_path: Path) -> Path:
+def folder(shards: Path, tmp_path: Path) -> Path:
     """A set with a truncated shard in its train split."""
     folder = Path(shutil.copytree(shards, tmp_path / "copy"))
     os.truncate(folder / BAD, 100_000)
@@ -55,85 +55,85 @@ def pixels() -> Images:
     return np.concatenate([discs(COUNTS["train"], 0), discs(COUNTS["unlabeled"], 2)])
 
 
-def test_by_default_a_bad_shard_is_an_error_that_names_it(copy: Path) -> None:
+def test_a_bad_shard_is_an_error_by_default(folder: Path) -> None:
     assert parse([])[0].data.on_bad_shard == "stop"
-    with pytest.raises(UserError, match=rf"{BAD}: 100000 bytes, the manifest says"):
-        take(Stream(open_shards(copy, "stop"), 16, seed=3), 10)
+    with pytest.raises(UserError, match=rf"{BAD}: 100000 bytes, expected"):
+        take(Stream(open_shards(folder, "stop"), 16, seed=3), 10)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 1}, {"window": 2, "streams": 4}, {"cache": "device"}])
-def test_images_of_a_bad_shard_are_replaced_and_all_others_stay(
-    shards: Path, copy: Path, pixels: Images, options: dict[str, object], caplog: pytest.LogCaptureFixture
+def test_only_images_of_a_bad_shard_are_replaced(
+    shards: Path, folder: Path, pixels: Images, options: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    bad_set = open_shards(copy)
+    shard_set = open_shards(folder)
     expected = take(Stream(open_shards(shards, "stop"), 16, 3, **options), 20)  # type: ignore[arg-type]
-    batches = take(Stream(bad_set, 16, 3, **options), 20)  # type: ignore[arg-type]
+    batches = take(Stream(shard_set, 16, 3, **options), 20)  # type: ignore[arg-type]
     for batch, reference in zip(batches, expected, strict=True):
         assert np.array_equal(batch.rows, replace_bad(reference.rows))
         assert np.array_equal(batch.images.numpy(), pixels[batch.rows])
         assert batch.num_replaced == (batch.rows != reference.rows).sum()
     rows = np.concatenate([batch.rows for batch in expected])
-    assert bad_set.bad_shards is not None
-    assert bad_set.bad_shards.replaced_images == ((rows >= 25) & (rows < 50)).sum() > 25  # more than two epochs
-    warnings = [record.getMessage() for record in caplog.records if str(copy / BAD) in record.getMessage()]
+    assert shard_set.bad_shards is not None
+    assert shard_set.bad_shards.replaced_images == ((rows >= 25) & (rows < 50)).sum() > 25  # more than two epochs
+    warnings = [record.getMessage() for record in caplog.records if str(folder / BAD) in record.getMessage()]
     assert len(warnings) == 1
     assert "100000 bytes" in warnings[0]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_replacements_do_not_depend_on_world_size_or_start(copy: Path, world_size: int) -> None:
-    batches = take(Stream(open_shards(copy), 16, 3, window=2), 20)
-    ranks = [take(Stream(open_shards(copy), 16, 3, rank, world_size, window=2), 20) for rank in range(world_size)]
+def test_replacements_do_not_depend_on_world_size_or_start(folder: Path, world_size: int) -> None:
+    batches = take(Stream(open_shards(folder), 16, 3, window=2), 20)
+    ranks = [take(Stream(open_shards(folder), 16, 3, rank, world_size, window=2), 20) for rank in range(world_size)]
     for batch, *parts in zip(batches, *ranks, strict=True):
         assert np.array_equal(batch.rows, np.concatenate([part.rows for part in parts]))
         assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
         assert batch.num_replaced == sum(part.num_replaced for part in parts)
-    later = take(Stream(open_shards(copy), 16, 3, window=2, images_seen=9 * 16), 11)
+    later = take(Stream(open_shards(folder), 16, 3, window=2, images_seen=9 * 16), 11)
     assert all(torch.equal(a.images, b.images) for a, b in zip(later, batches[9:], strict=True))
 
 
-def test_a_restored_shard_is_read_again(shards: Path, copy: Path) -> None:
-    stream = Stream(open_shards(copy), 50, 3, window=1, prefetch=1)
+def test_a_restored_shard_is_used_again(shards: Path, folder: Path) -> None:
+    stream = Stream(open_shards(folder), 50, 3, window=1, prefetch=1)
     batches = iter(stream)
     before = [next(batches).rows.copy() for _ in range(3)]
-    shutil.copy(shards / BAD, copy / BAD)
+    shutil.copy(shards / BAD, folder / BAD)
     after = [next(batches).rows.copy() for _ in range(9)]
     assert not any(25 <= row < 50 for row in np.concatenate(before))
     assert set(range(25, 50)) < set(np.concatenate(after).tolist())
 
 
-def test_a_set_without_a_readable_shard_is_an_error(copy: Path) -> None:
-    for path in copy.glob("*.tar"):
+def test_a_set_without_a_readable_shard_is_an_error(folder: Path) -> None:
+    for path in folder.glob("*.tar"):
         path.unlink()
     with pytest.raises(UserError, match=r"copy: none of its 7 shards can be read: .*missing"):
-        take(Stream(open_shards(copy), 16, seed=3), 1)
+        take(Stream(open_shards(folder), 16, seed=3), 1)
 
 
 def test_a_shard_with_an_undecodable_image_is_skipped(binaries: Path, tmp_path: Path) -> None:
     options = ("--encoding=png", "--splits=train", "--images-per-shard=20")
     pack(["--source=stl10", f"--data={binaries}", f"--out={tmp_path}", *options])
-    victim = tmp_path / "stl10-train-000001.tar"
-    content = bytearray(victim.read_bytes())
+    damaged = tmp_path / "stl10-train-000001.tar"
+    content = bytearray(damaged.read_bytes())
     begin = content.index(b"train-00000033.png") + 512
     content[begin : begin + 40] = bytes(40)
-    victim.write_bytes(content)
-    bad_set, images = open_shards(tmp_path), discs(COUNTS["train"], 0)
-    with Reader(bad_set) as reader:
+    damaged.write_bytes(content)
+    shard_set, images = open_shards(tmp_path), discs(COUNTS["train"], 0)
+    with Reader(shard_set) as reader:
         reader.prefetch(range(3))
         out = np.empty((60, 96, 96, 3), np.uint8)
         reader.gather(np.arange(60), out)
     expected = np.concatenate([images[:20], images[40:60], images[40:60]])
     assert np.array_equal(out, expected)
-    assert np.array_equal(bad_set.load_images(np.arange(15, 45)), expected[15:45])
-    assert bad_set.bad_shards is not None
-    assert bad_set.bad_shards.replaced_images == 20 + 20
+    assert np.array_equal(shard_set.load_images(np.arange(15, 45)), expected[15:45])
+    assert shard_set.bad_shards is not None
+    assert shard_set.bad_shards.replaced_images == 20 + 20
 
 
 def test_a_failed_download_is_skipped_but_a_full_cache_is_an_error(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "RETRY_POLICY", remote.RetryPolicy(2, 0.01, 5.0))
-    server = Server(copy)
+    server = Server(folder)
     server.faults = {"stl10-unlabeled-000000.tar": ["bit flip"] * 99, "stl10-unlabeled-000002.tar": ["404"] * 99}
     remote_set = open_shards(server.url, cache=Cache(tmp_path / "cache"))
     rows = np.concatenate([batch.rows for batch in take(Stream(remote_set, 30, seed=3, window=2), 5)])
@@ -153,32 +153,32 @@ def replaced_images(run: Path) -> list[int]:
 
 
 def test_training_logs_replaced_images_at_every_evaluation(
-    shards: Path, copy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    shards: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # The prior is fit to one image, not of the bad shard, so that only images of training are counted.
+    # The prior is fitted to one image of a readable shard, so that only training images are counted.
     common = [*TINY, "--track.tracker=none", "--evaluate.prior_fit_images=1", "--evaluate.every=60", "--train.images=120"]
-    words = [f"--data.shards={copy}", *common, "--data.shuffle_window=1", "--train.batch_size=30"]
-    trainer = Trainer(parse([*words, f"--run={tmp_path / 'stop'}"])[0])
+    arguments = [f"--data.shards={folder}", *common, "--data.shuffle_window=1", "--train.batch_size=30"]
+    trainer = Trainer(parse([*arguments, f"--run={tmp_path / 'stop'}"])[0])
     with pytest.raises(UserError, match=BAD):
         trainer.run()
     with caplog.at_level(logging.WARNING):
-        Trainer(parse([*words, f"--run={tmp_path / 'one'}", "--data.on_bad_shard=skip"])[0]).run()
-    assert sum(str(copy / BAD) in record.getMessage() for record in caplog.records) == 1
+        Trainer(parse([*arguments, f"--run={tmp_path / 'one'}", "--data.on_bad_shard=skip"])[0]).run()
+    assert sum(str(folder / BAD) in record.getMessage() for record in caplog.records) == 1
     plan = Stream(open_shards(shards, "stop"), 30, 0, window=1).plan
     counts = np.cumsum([((rows >= 25) & (rows < 50)).sum() for rows in (plan.rows(30 * step) for step in range(4))])
     assert replaced_images(tmp_path / "one") == [counts[1], counts[3]]
     assert counts[3] > 0
-    output = train(2, *words, f"--run={tmp_path / 'two'}", "--data.on_bad_shard=skip")
+    output = train(2, *arguments, f"--run={tmp_path / 'two'}", "--data.on_bad_shard=skip")
     assert BAD in output
     assert replaced_images(tmp_path / "two") == replaced_images(tmp_path / "one")
     with contextlib.suppress(FileNotFoundError):
         assert "data/replaced_images" not in (tmp_path / "stop" / "metrics.jsonl").read_text()
 
 
-def test_evaluation_skips_bad_shards(copy: Path, tmp_path: Path) -> None:
-    shutil.copy(copy / "stl10-train-000000.tar", copy / BAD)  # a readable shard of the right size
-    (copy / "stl10-test-000001.tar").unlink()
-    words = [f"--data.shards={copy}", f"--run={tmp_path / 'run'}", *TINY, "--track.tracker=none", "--train.images=12"]
-    Trainer(parse([*words, "--evaluate.prior_fit_images=1", "--data.on_bad_shard=skip"])[0]).run()
+def test_evaluation_skips_bad_shards(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "stl10-train-000000.tar", folder / BAD)  # a readable shard of the right size
+    (folder / "stl10-test-000001.tar").unlink()
+    arguments = [f"--data.shards={folder}", f"--run={tmp_path / 'run'}", *TINY, "--track.tracker=none", "--train.images=12"]
+    Trainer(parse([*arguments, "--evaluate.prior_fit_images=1", "--data.on_bad_shard=skip"])[0]).run()
     (count,) = replaced_images(tmp_path / "run")
-    assert count >= 5  # evaluated once, without padding, and drawn once
+    assert count >= 5  # in the evaluation, without padding, and in the grid of reconstructions

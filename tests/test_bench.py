@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, and that of the data plane refuses to time wrong images."""
+"""The benchmarks: reports, FLOP counts, and checks of the images that loaders return."""
 
 import json
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
 
 
-def test_the_report_is_printed_and_written(
+def test_data_report_is_printed_and_written(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(data, "SECONDS", 0.05)
@@ -43,49 +43,49 @@ def test_all_loaders_are_compared(shards: Path, tmp_path: Path, monkeypatch: pyt
     assert [line["window"] for line in report["shuffle"]] == [1, 4, 9, None]
 
 
-def test_the_bare_step_unscales_gradients(shards: Path) -> None:
+def test_bare_step_unscales_gradients(shards: Path) -> None:
     config = parse_args(["step", f"--data.shards={shards}", *TINY])[1]
     assert config is not None
     moments = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
-        with training.open_trainer(config) as subject:
-            subject.trainer.accelerator.scaler = scaler
-            subject.step()
-            adamw = subject.trainer.optimizer_step.adamw
+        with training.open_trainer(config) as measured:
+            measured.trainer.accelerator.scaler = scaler
+            measured.step()
+            adamw = measured.trainer.optimizer_step.adamw
             moments.append(torch.cat([state["exp_avg"].flatten() for state in adamw.state.values()]))
     torch.testing.assert_close(moments[0], moments[1], rtol=1e-3, atol=1e-6)
 
 
-def test_larger_windows_shuffle_better_and_all_shards_as_well_as_a_permutation() -> None:
-    one, four, everything, chance = shuffle_quality([50] * 20, 10, [1, 4, 20])
-    assert one.same_shard > 0.95 > four.same_shard > everything.same_shard
-    assert one.neighbors > four.neighbors > everything.neighbors
-    for quality in (one, four, everything):
+def test_larger_windows_shuffle_better_and_a_window_of_all_shards_is_a_permutation() -> None:
+    one, four, all_shards, permutation = shuffle_quality([50] * 20, 10, [1, 4, 20])
+    assert one.same_shard > 0.95 > four.same_shard > all_shards.same_shard
+    assert one.neighbors > four.neighbors > all_shards.neighbors
+    for quality in (one, four, all_shards):
         assert quality.displacement == pytest.approx(1 / 3, abs=0.05)
-    assert everything.same_shard == pytest.approx(chance.same_shard, abs=0.02)
-    assert everything.neighbors == pytest.approx(2 / 1000, abs=0.002)
+    assert all_shards.same_shard == pytest.approx(permutation.same_shard, abs=0.02)
+    assert all_shards.neighbors == pytest.approx(2 / 1000, abs=0.002)
 
 
-def honest(images: np.ndarray) -> Peer:
+def correct_peer(images: np.ndarray) -> Peer:
     def epoch() -> Iterator[tuple[Tensor, Tensor]]:
-        for numbers in torch.randperm(len(images)).split(8):
-            yield torch.from_numpy(images[numbers.numpy()]), numbers
+        for rows in torch.randperm(len(images)).split(8):
+            yield torch.from_numpy(images[rows.numpy()]), rows
 
-    return Peer("honest", "webdataset", True, epoch, lambda images: images)
+    return Peer("correct", "webdataset", True, epoch, lambda images: images)
 
 
-def test_a_loader_that_returns_other_images_is_refused(shards: Path) -> None:
+def test_loader_that_returns_wrong_images_is_refused(shards: Path) -> None:
     shard_set = ShardSet.open(shards)
     images = shard_set.load_images(np.arange(len(shard_set)))
-    peer = honest(images)
+    peer = correct_peer(images)
     check_peer(peer, images)
     wrong = replace(peer, pixels=lambda images: images.roll(1, 0))
-    with pytest.raises(UserError, match=r"honest: image \d+ differs from the set's"):
+    with pytest.raises(UserError, match=r"correct: image \d+ differs from the set's"):
         check_peer(wrong, images)
     lossy = replace(wrong, pixels=lambda images: (images.int() + 1).clamp(max=255).to(torch.uint8), lossless=False)
     check_peer(lossy, images)
     fewer = replace(peer, epoch=lambda: iter(list(peer.epoch())[:-1]))
-    with pytest.raises(UserError, match=r"honest: \d+ of 180 images are missing"):
+    with pytest.raises(UserError, match=r"correct: \d+ of 180 images are missing"):
         check_peer(fewer, images)
 
 
@@ -105,15 +105,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_trainer_and_its_parts_are_measured(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
+def test_trainer_and_parts_of_its_step_are_measured(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
         f"--data.shards={shards}",
         *TINY,
         f"--run={tmp_path / 'run'}",
         "--train.gradient_accumulation_steps=2",
         "--optimizer.max_grad_norm=0.5",
     ]
-    main(["train", *words, "--repeats=2", "--json", str(tmp_path / "report.json"), "--profile", str(tmp_path / "traces")])
+    main(["train", *options, "--repeats=2", "--json", str(tmp_path / "report.json"), "--profile", str(tmp_path / "traces")])
     report = json.loads((tmp_path / "report.json").read_text())
     names = [training.STEP, training.TRAIN, training.SAVING]
     assert [row["name"] for row in report["rows"]] == [measuring.MATRIX, measuring.COPY, *names]
@@ -123,10 +123,10 @@ def test_the_trainer_and_its_parts_are_measured(shards: Path, tmp_path: Path, ca
     assert 0.1 < ratios["train_over_step"] < 1.5
     assert 0 <= ratios["data_wait"] < 1
     parts = {part["name"]: part for part in report["parts"]}
-    every = {"data wait", "draws", "forward", "backward", "clip and optimizer", "EMA", "logging", "checkpoint stall"}
-    assert set(parts) == every | {"other"}
-    assert all(parts[name]["ms_each"] > 0 for name in every)
-    assert parts["forward"]["ms_per_step"] == pytest.approx(2 * parts["forward"]["ms_each"])  # two pieces
+    part_names = {"data wait", "draws", "forward", "backward", "clip and optimizer", "EMA", "logging", "checkpoint stall"}
+    assert set(parts) == part_names | {"other"}
+    assert all(parts[name]["ms_each"] > 0 for name in part_names)
+    assert parts["forward"]["ms_per_step"] == pytest.approx(2 * parts["forward"]["ms_each"])  # two microbatches
     assert parts["logging"]["ms_per_step"] == pytest.approx(parts["logging"]["ms_each"] / 5)
     assert parts["checkpoint stall"]["ms_per_step"] == pytest.approx(parts["checkpoint stall"]["ms_each"] * 12 / 500_000)
     assert report["batch"] == 12
@@ -134,13 +134,13 @@ def test_the_trainer_and_its_parts_are_measured(shards: Path, tmp_path: Path, ca
     assert report["peak_memory_bytes"] > 2**20
     assert json.loads((tmp_path / "traces" / "train.json").read_text())["traceEvents"]
     assert not (tmp_path / "run").exists()
-    printed = capsys.readouterr().out
-    assert "train_over_step" in printed
-    assert "checkpoint stall" in printed
+    output = capsys.readouterr().out
+    assert "train_over_step" in output
+    assert "checkpoint stall" in output
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_step_is_measured_alone(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_step_report_has_no_trainer(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["step", f"--data.shards={shards}", *TINY, "--repeats=1", "--json", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["ratios"]) == {"mfu"}
@@ -151,17 +151,17 @@ def test_the_step_is_measured_alone(shards: Path, tmp_path: Path, capsys: pytest
 def test_measuring_the_step_does_not_change_the_weights(shards: Path, tmp_path: Path) -> None:
     config = parse_args(["train", f"--data.shards={shards}", *TINY, f"--run={tmp_path}", "--track.tracker=none"])[1]
     assert config is not None
-    with training.MeasuredTrainer(training.Trainer(config)) as subject:
-        weights = [parameter.clone() for parameter in subject.trainer.model.parameters()]
-        subject.step()
-        assert all(map(torch.equal, weights, subject.trainer.model.parameters()))
-        subject.train(saving=True)
-        assert not all(map(torch.equal, weights, subject.trainer.model.parameters()))
+    with training.MeasuredTrainer(training.Trainer(config)) as measured:
+        weights = [parameter.clone() for parameter in measured.trainer.model.parameters()]
+        measured.step()
+        assert all(map(torch.equal, weights, measured.trainer.model.parameters()))
+        measured.train(saving=True)
+        assert not all(map(torch.equal, weights, measured.trainer.model.parameters()))
     assert (tmp_path / "checkpoints" / "images_000000012").exists()
 
 
-def test_flops_match_a_count_by_hand() -> None:
-    linear = nn.Linear(7, 5)  # weights' gradient as costly as the product; none of its input is wanted
+def test_flops_match_a_manual_count() -> None:
+    linear = nn.Linear(7, 5)  # the gradient of the weights costs as much as the product; the input needs no gradient
     assert training.count_flops(lambda: linear(torch.randn(3, 7)).sum()) == 2 * (2 * 3 * 7 * 5)
     convolution = nn.Conv2d(4, 6, 3, padding=1)
     images = torch.randn(2, 4, 8, 8, requires_grad=True)
@@ -169,7 +169,7 @@ def test_flops_match_a_count_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         (["data", "--shards=x", "--model.width=3"], "unrecognized arguments: --model.width=3"),
         (["step", "--train.bacth_size=3"], "train.bacth_size"),
@@ -178,7 +178,7 @@ def test_flops_match_a_count_by_hand() -> None:
         (["train", "--repeats=0"], "--repeats is 0"),
     ],
 )
-def test_invalid_options_are_reported_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_reported_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(words)
+        main(options)
     assert message in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent, and untrusted."""
+"""Checkpoints are either complete or absent, and are verified before they are loaded."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""Configuration: preset < YAML file < command line, and one clear line for each mistake."""
+"""Configuration: preset < YAML file < command line, and one-line errors."""
 
 import os
 import subprocess
@@ -35,12 +35,12 @@ def test_values_are_plain_python_types() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_configuration_is_valid_and_survives_a_round_trip(file: Path, tmp_path: Path) -> None:
+def test_every_configuration_file_is_valid_and_is_restored_from_yaml(file: Path, tmp_path: Path) -> None:
     config, _ = parse(["--config", str(file)])
     resolved = tmp_path / "config.yaml"
     resolved.write_text(to_yaml(config))
-    again, _ = parse(["--config", str(resolved)])
-    assert again == config
+    restored, _ = parse(["--config", str(resolved)])
+    assert restored == config
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_every_shipped_configuration_is_valid_and_survives_a_round_trip(file: Pa
         ("--config /nowhere.yaml", "--config /nowhere.yaml: No such file or directory"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_option(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_name_the_option_in_one_line(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(options.split())
     assert caught.value.code == 2
@@ -107,7 +107,7 @@ def test_a_mistake_is_one_line_that_names_the_option(options: str, message: str,
         ("a: [", "bad.yaml"),
     ],
 )
-def test_a_mistake_in_a_file_is_one_line_and_no_code_runs(text: str, message: str, tmp_path: Path) -> None:
+def test_errors_in_files_are_one_line_and_no_code_is_executed(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
@@ -124,7 +124,7 @@ def test_batch_size_must_be_divisible_by_processes_times_accumulation_steps() ->
         check_batch_size(config, 4)
 
 
-def test_an_indivisible_resolution_is_reported_before_training(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_indivisible_resolution_is_rejected_before_training(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for dry_run in ([], ["--dry-run"]):
         with pytest.raises(SystemExit):
             main([f"--data.shards={shards}", "--model.patch_size=5", *dry_run])
@@ -161,22 +161,22 @@ def test_parsing_and_help_do_not_import_torch() -> None:
 def test_help_is_short_and_help_all_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     texts = {}
     for flag in ("--help", "--help-all"):
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             main(["--config", "/nowhere.yaml", flag])
-        assert ended.value.code == 0
+        assert caught.value.code == 0
         texts[flag] = capsys.readouterr().out
         assert "print_config" not in texts[flag]
         assert "<class" not in texts[flag]
     assert len(texts["--help"].splitlines()) < 60
     assert all(f"  {section} " in texts["--help"] for section in SECTIONS)
-    words = " ".join(texts["--help-all"].split())
+    help_text = " ".join(texts["--help-all"].split())
     assert len(list_options()) > 50
     for name, option in list_options().items():
-        assert f"--{name} (" in words
-        assert option.description in words
+        assert f"--{name} (" in help_text
+        assert option.description in help_text
 
 
-def test_the_configuration_of_a_network_survives_json_and_is_checked() -> None:
+def test_network_configuration_is_restored_from_json_and_validated() -> None:
     config = VAEConfig(preset="small", likelihood_scale=0.1, channel_mult=[1, 2])
     assert vae_config_from_dict(to_dict(config), "config.json") == config
     for change, message in {"widht": 3, "width": "wide", "num_res_blocks": 10**400, "latent": None}.items():

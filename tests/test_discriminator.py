@@ -1,4 +1,4 @@
-"""Adversarial training: off by default, with gradients of the stated norm when it is on."""
+"""Adversarial training: disabled by default; otherwise gradients have the configured norm."""
 
 from pathlib import Path
 
@@ -66,12 +66,12 @@ def test_the_vae_gets_adversarial_gradients_only_if_the_factor_is_one(weights: d
         assert (on[name] - off[name]).norm() > 0.01 * off[name].norm()
     for name in off:
         if name.startswith("discriminator."):
-            assert off[name].norm() > 0 or name == "discriminator.head.bias"  # where the two halves of the hinge loss cancel
+            assert off[name].norm() > 0 or name == "discriminator.head.bias"  # the two terms of the hinge loss cancel
             assert torch.allclose(on[name], off[name], atol=1e-7), "the decoder's loss must not change the discriminator"
 
 
 @pytest.mark.parametrize("weight", [0.25, 2.0])
-def test_the_adversarial_gradient_has_the_stated_norm_for_each_image(weight: float) -> None:
+def test_the_adversarial_gradient_of_each_image_has_the_configured_norm(weight: float) -> None:
     objective = build_objective(adversarial_weight=weight)
     model, x = objective.model, objective.preprocess(IMAGES, {})
     terms = model(x, NOISE)
@@ -129,14 +129,14 @@ def test_resuming_adversarial_training_is_bit_identical(shards: Path, tmp_path: 
         more = ["--train.log_every=1", "--checkpoint.every=60", f"--train.images={images}", "--optimizer.schedule=constant"]
         return [f"--data.shards={shards}", f"--run={tmp_path / run}", *TINY, *ADVERSARIAL, *more, "--track.tracker=none"]
 
-    Trainer(parse(words("whole", 120))[0]).run()
+    Trainer(parse(words("uninterrupted", 120))[0]).run()
     for images in (60, 120):
-        Trainer(parse(words("parts", images))[0]).run()
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    folders = [checkpoint.checkpoint_folder(tmp_path / run, 120) for run in ("whole", "parts")]
-    whole, parts = (load_file(folder / "model.safetensors") for folder in folders)
-    assert any(name.startswith("discriminator.") for name in whole)
-    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+        Trainer(parse(words("resumed", images))[0]).run()
+    assert losses(tmp_path / "uninterrupted") == losses(tmp_path / "resumed")
+    folders = [checkpoint.checkpoint_folder(tmp_path / run, 120) for run in ("uninterrupted", "resumed")]
+    uninterrupted, resumed = (load_file(folder / "model.safetensors") for folder in folders)
+    assert any(name.startswith("discriminator.") for name in uninterrupted)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
     assert VAE.from_pretrained(folders[0], "ema.safetensors").discriminator is None
 
 

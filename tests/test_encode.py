@@ -48,8 +48,8 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     """One run per kind of latents, trained for two steps."""
     root = tmp_path_factory.mktemp("runs")
     for kind, options in KINDS.items():
-        words = [f"--data.shards={shards}", f"--run={root / kind}", *TINY, "--track.tracker=none", "--train.images=24"]
-        train(parse([*words, *options, "--data.train=train,unlabeled", "--evaluate.images=12"])[0])
+        arguments = [f"--data.shards={shards}", f"--run={root / kind}", *TINY, "--track.tracker=none", "--train.images=24"]
+        train(parse([*arguments, *options, "--data.train=train,unlabeled", "--evaluate.images=12"])[0])
     return {kind: root / kind for kind in KINDS}
 
 
@@ -151,8 +151,8 @@ def test_latents_do_not_depend_on_batch_size_or_number_of_processes(
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
     assert len(kept) == 4  # of nine: part 1 of 2
 
-    words = [f"--run={runs['spatial']}", f"--out={tmp_path}"]
-    launched = [*ACCELERATE, f"--config_file={DDP}", "--num_processes=2", "-m", "vae_scale.encode", *words]
+    arguments = [f"--run={runs['spatial']}", f"--out={tmp_path}"]
+    launched = [*ACCELERATE, f"--config_file={DDP}", "--num_processes=2", "-m", "vae_scale.encode", *arguments]
     process = subprocess.run(launched, env=environment(), capture_output=True, text=True, timeout=250, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.count("latents of 180 images in 9 shards") == 1  # only the main process prints
@@ -179,21 +179,21 @@ def test_encode_resumes_with_another_number_of_processes(
 
 
 def test_resume_after_kill_gives_the_same_bytes(encoded: Path, runs: dict[str, Path], tmp_path: Path) -> None:
-    words = [f"--run={runs['spatial']}", f"--out={tmp_path}", "--batch=2"]
-    process = subprocess.Popen([sys.executable, "-m", "vae_scale.encode", *words], env=environment())
+    arguments = [f"--run={runs['spatial']}", f"--out={tmp_path}", "--batch=2"]
+    process = subprocess.Popen([sys.executable, "-m", "vae_scale.encode", *arguments], env=environment())
     journal = tmp_path / ".packing.jsonl"
     while process.poll() is None and (not journal.exists() or len(journal.read_text().splitlines()) < 4):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "index.json").exists()
-    first, second = (tmp_path / record["url"] for record in map(json.loads, journal.read_text().splitlines()[1:3]))
-    kept = first.stat().st_mtime_ns
-    content = bytearray(second.read_bytes())
+    intact, damaged = (tmp_path / record["url"] for record in map(json.loads, journal.read_text().splitlines()[1:3]))
+    kept = intact.stat().st_mtime_ns
+    content = bytearray(damaged.read_bytes())
     content[5000] ^= 1
-    second.write_bytes(content)
-    main(words)
-    assert first.stat().st_mtime_ns == kept
+    damaged.write_bytes(content)
+    main(arguments)
+    assert intact.stat().st_mtime_ns == kept
     assert contents(tmp_path) == contents(encoded)
 
 
@@ -220,10 +220,10 @@ def test_bf16_is_close_to_fp32_and_recorded(encoded: Path, runs: dict[str, Path]
     assert 0 < np.abs(latents - exact).max() < 0.05 * np.abs(exact).max()
 
 
-def error_line(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+def error_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     """Runs the command and returns its one-line error."""
     with pytest.raises(SystemExit) as caught:
-        main(words)
+        main(arguments)
     assert caught.value.code == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     return error
@@ -264,8 +264,8 @@ def test_images_of_another_size_are_rejected(runs: dict[str, Path], tmp_path: Pa
         Image.fromarray(discs(1, 0)[0]).save(tmp_path / "images" / split / "disc.png")
     pack(["--source=folder", f"--data={tmp_path / 'images'}", f"--out={tmp_path / 'small'}", "--resolution=32"])
     capsys.readouterr()
-    words = [f"--run={runs['vector']}", f"--shards={tmp_path / 'small'}", f"--out={tmp_path / 'out'}"]
-    assert "images are 32x32, but the model requires 96x96" in error_line(capsys, words)
+    arguments = [f"--run={runs['vector']}", f"--shards={tmp_path / 'small'}", f"--out={tmp_path / 'out'}"]
+    assert "images are 32x32, but the model requires 96x96" in error_line(capsys, arguments)
 
 
 def test_split_names_cannot_escape_the_output_folder(shards: Path, tmp_path: Path, runs: dict[str, Path]) -> None:
@@ -288,9 +288,9 @@ def test_non_finite_latents_are_rejected(shards: Path, tmp_path: Path, runs: dic
 
 
 def test_full_disk_leaves_no_incomplete_file(runs: dict[str, Path], tmp_path: Path) -> None:
-    words = [f"--run={runs['vector']}", f"--out={tmp_path}"]
+    arguments = [f"--run={runs['vector']}", f"--out={tmp_path}"]
     process = subprocess.run(
-        [sys.executable, "-m", "vae_scale.encode", *words],
+        [sys.executable, "-m", "vae_scale.encode", *arguments],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
         env=environment(),
         capture_output=True,

@@ -43,7 +43,7 @@ def model(run: Path) -> VAE:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _isolated_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -188,7 +188,7 @@ def test_reference_features_are_cached_and_recomputed_if_damaged(shards: Path, t
     assert extract_reference_features(extractor, test_set, 29, 29, DistContext(1, 2)) is None
 
 
-def test_features_are_computed_where_no_cache_can_be_written(
+def test_features_are_computed_if_the_cache_is_not_writable(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -197,10 +197,10 @@ def test_features_are_computed_where_no_cache_can_be_written(
     features = extract_reference_features(extractor, ShardSet.open(shards).select("test"), 5, 10)
     assert features is not None
     assert len(features) == 5
-    assert "is not written" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
-def test_active_units_are_those_whose_posterior_mean_varies(shards: Path) -> None:
+def test_units_with_varying_posterior_means_are_active(shards: Path) -> None:
     class ThreeLatents(LinearGaussian):
         latent_shape = (3, 1, 1)
 

@@ -33,20 +33,20 @@ def test_elbo_does_not_depend_on_the_batch_size(model: VAE, shards: Path) -> Non
         metrics = evaluate(model, test_set, images, batch, seed)
         return [*metrics.pop("kl_per_channel"), *metrics.values()]
 
-    whole = values(30, 30, seed=0)
-    assert values(30, 7, seed=0) == pytest.approx(whole, rel=1e-5)
-    assert values(10_000, 7, seed=0) == pytest.approx(whole, rel=1e-5)
-    assert values(30, 7, seed=1) != pytest.approx(whole, rel=1e-5)
+    expected = values(30, 30, seed=0)
+    assert values(30, 7, seed=0) == pytest.approx(expected, rel=1e-5)
+    assert values(10_000, 7, seed=0) == pytest.approx(expected, rel=1e-5)
+    assert values(30, 7, seed=1) != pytest.approx(expected, rel=1e-5)
 
 
-def test_metrics_of_all_ranks_sum_to_those_of_one(model: VAE, shards: Path) -> None:
+def test_metrics_of_all_ranks_sum_to_those_of_a_single_process(model: VAE, shards: Path) -> None:
     test_set = ShardSet.open(shards).select("test")
-    whole = evaluate(model, test_set, 29, 8, seed=0)
-    shares = [evaluate(model, test_set, 29, 8, 0, DistContext(rank, 3)) for rank in range(3)]
+    expected = evaluate(model, test_set, 29, 8, seed=0)
+    per_rank = [evaluate(model, test_set, 29, 8, 0, DistContext(rank, 3)) for rank in range(3)]
     for name in ("neg_elbo", "reconstruction", "kl", "psnr"):
-        assert sum(share[name] for share in shares) == pytest.approx(whole[name], rel=1e-5)
-    channels = zip(*(share["kl_per_channel"] for share in shares), strict=True)
-    assert [sum(parts) for parts in channels] == pytest.approx(whole["kl_per_channel"], rel=1e-5)
+        assert sum(metrics[name] for metrics in per_rank) == pytest.approx(expected[name], rel=1e-5)
+    channels = zip(*(metrics["kl_per_channel"] for metrics in per_rank), strict=True)
+    assert [sum(values) for values in channels] == pytest.approx(expected["kl_per_channel"], rel=1e-5)
 
 
 def test_prior_does_not_depend_on_the_batch_size(model: VAE, shards: Path) -> None:

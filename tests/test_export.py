@@ -110,7 +110,7 @@ def test_torch_programs_hold_no_pickle_no_source_paths_and_no_unused_weights(pro
         with zipfile.ZipFile(programs / f"{part}.pt2") as archive:
             for entry in archive.infolist():
                 content = archive.read(entry)
-                if "/weights/weight_" not in entry.filename:  # those are raw numbers
+                if "/weights/weight_" not in entry.filename:  # raw tensor data
                     assert not content.startswith((b"\x80", b"PK")), entry.filename
                 assert str(Path(exporting.__file__).parent).encode() not in content
             name = next(entry for entry in archive.namelist() if entry.endswith("weights_config.json"))
@@ -166,7 +166,7 @@ def test_diffusers_loads_the_same_autoencoder(kl: tuple[KLVAE, Path], tmp_path: 
         torch.testing.assert_close(reference.mean, posterior.mean, atol=1e-4, rtol=0)
         torch.testing.assert_close(reference.std, posterior.log_sigma.exp(), atol=1e-4, rtol=0)
         torch.testing.assert_close(loaded.decode(latents).sample, model.decoder(latents), atol=1e-4, rtol=0)
-    # half at 1 and half at -2, each with variance 4: 4 + 1.5^2
+    # Components at 1 and -2 with variance 4: 4 + 1.5^2.
     assert loaded.config.scaling_factor == pytest.approx(6.25**-0.5)
 
 
@@ -187,13 +187,15 @@ def test_extreme_variances_are_clamped_as_in_diffusers() -> None:
 
 
 @pytest.mark.parametrize("form", ["torch", "diffusers"])
-def test_an_export_with_other_outputs_leaves_no_files(
+def test_an_export_with_different_outputs_leaves_no_files(
     form: str, kl: tuple[KLVAE, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "export.json").write_text("of an earlier export")
-    monkeypatch.setattr(KLVAE, "encode", lambda self, images: VAE.encode(self, images))  # another meaning of the output
+    monkeypatch.setattr(
+        KLVAE, "encode", lambda self, images: VAE.encode(self, images)
+    )  # a different parameterization of the output
     if form == "torch":
         monkeypatch.setattr(exporting, "TOLERANCE", -1.0)  # always exceeded
     assert "differs from the model" in error_of([f"--run={kl[1]}", f"--out={out}", f"--format={form}"], capsys)

@@ -62,13 +62,13 @@ def test_the_velocity_depends_on_all_inputs_but_not_on_other_images() -> None:
     )
     velocity = flow(z, time, label, plain)
     assert torch.allclose(flow(z[:1], time[:1], label[:1], plain[:1]), velocity[:1], atol=1e-5)
-    for other in (
+    for changed in (
         flow(z, time + 0.2, label, plain),
         flow(z, time, label + 1, plain),
         flow(z, time, label, plain + 1),
         flow(z.flip(3), time, label, plain).flip(3),
     ):
-        assert (other - velocity).abs().max() > 1e-3
+        assert (changed - velocity).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
@@ -79,7 +79,7 @@ def test_more_steps_lower_the_integration_error(solver: str) -> None:
     assert error[0] > error[1] > error[2]
 
 
-def test_heun_is_more_accurate_than_euler_and_guidance_needs_a_class() -> None:
+def test_heun_is_more_accurate_than_euler_and_guidance_requires_a_class() -> None:
     flow, noise = small_flow(), torch.randn(4, *SHAPE)
     no_label, label = torch.full((4,), 2), torch.zeros(4, dtype=torch.long)
     exact = flow.sample(noise, label, 1.0, 300, "heun")
@@ -130,7 +130,7 @@ def test_the_second_stage_learns_and_does_not_change_the_vae(shards: Path, vae: 
     assert {name.split(".")[0] for name in weights.keys() - frozen.keys()} == {"flow"}
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     errors = [line["eval/velocity_error"] for line in metrics if "eval/velocity_error" in line]
-    assert errors[-1] < errors[0] < 1.5  # 2 for a velocity of zero: the variances of noise and latents
+    assert errors[-1] < errors[0] < 1.5  # a zero velocity has error 2, the sum of the variances of noise and latents
 
     model = VAE.from_pretrained(folder, "ema.safetensors")
     assert model.describe_prior() == "rectified flow (25 heun steps)"
@@ -180,14 +180,15 @@ def test_latents_are_normalized_by_the_aggregate_posterior(shards: Path, vae: Pa
 
 def test_resuming_the_second_stage_is_bit_identical(shards: Path, vae: Path, tmp_path: Path) -> None:
     more = ("--train.images=180", "--train.log_every=1", "--checkpoint.every=60")
-    Trainer(parse(words(shards, vae, tmp_path / "whole", *more))[0]).run()
+    Trainer(parse(words(shards, vae, tmp_path / "uninterrupted", *more))[0]).run()
     Trainer(parse(words(shards, vae, tmp_path / "resumed", *more))[0]).run()
     for folder in checkpoint.list_checkpoints(tmp_path / "resumed")[1:]:
-        (folder / "model.safetensors").write_bytes(b"torn")
+        (folder / "model.safetensors").write_bytes(b"truncated")
     Trainer(parse(words(shards, vae, tmp_path / "resumed", *more))[0]).run()
-    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "uninterrupted")
     uninterrupted, resumed = (
-        load_file(checkpoint.checkpoint_folder(tmp_path / name, 180) / "ema.safetensors") for name in ("whole", "resumed")
+        load_file(checkpoint.checkpoint_folder(tmp_path / name, 180) / "ema.safetensors")
+        for name in ("uninterrupted", "resumed")
     )
     assert all(torch.equal(resumed[name], tensor) for name, tensor in uninterrupted.items())
 

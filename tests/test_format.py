@@ -43,7 +43,7 @@ def npy(image: np.ndarray) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + image.tobytes()
 
 
-def test_a_writer_from_the_specification_writes_the_same_bytes(shards: Path) -> None:
+def test_writer_from_the_specification_writes_the_same_bytes(shards: Path) -> None:
     index = manifest(shards)
     rows = dict.fromkeys(COUNTS, 0)
     images = {split: discs(count, seed) for seed, (split, count) in enumerate(COUNTS.items())}
@@ -59,7 +59,7 @@ def test_a_writer_from_the_specification_writes_the_same_bytes(shards: Path) -> 
     assert rows == COUNTS
 
 
-def test_a_reader_from_the_specification_reads_arrays(binaries: Path, shards: Path) -> None:
+def test_reader_from_the_specification_reads_arrays(binaries: Path, shards: Path) -> None:
     index = manifest(shards)
     header = index["vae_scale"]
     assert (header["encoding"], header["image_shape"], header["class_names"]) == ("npy", [96, 96, 3], CLASSES)
@@ -120,7 +120,7 @@ def test_other_files_follow_the_specification(binaries: Path, shards: Path) -> N
 
 
 @pytest.mark.parametrize(("encoding", "begin"), [("png", b"\x89PNG"), ("jpg", b"\xff\xd8\xff"), ("webp", b"RIFF")])
-def test_a_reader_from_the_specification_reads_encoded_images(
+def test_reader_from_the_specification_reads_encoded_images(
     binaries: Path, tmp_path: Path, encoding: str, begin: bytes
 ) -> None:
     from vae_scale.pack import main

@@ -58,8 +58,8 @@ ALIAS_BOMB = (
         ("run: !!python/name:os.system", "python/name"),
         ("run: !!python/object/new:os.system ['touch owned']", "python/object"),
         ("run: !!python/module:os", "python/module"),
-        ("", "holds no options"),
-        ("- a", "holds no options"),
+        ("", "contains no options"),
+        ("- a", "contains no options"),
         ("x: 1\n" * 300_000, "1,048,576 bytes"),
     ],
 )

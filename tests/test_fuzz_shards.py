@@ -209,20 +209,20 @@ def test_links_devices_and_paths_in_a_tar_are_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (tar_of(("a.jpg", jpeg()), ("a.jpg", jpeg())), "two samples have one name"),
+        (tar_of(("a.jpg", jpeg()), ("a.jpg", jpeg())), "two samples have the same key"),
         (tar_of(("a.jpg", jpeg()), ("a.cls", b"1" + b"0" * 400)), "a.cls cannot be read"),
         (tar_of(("a.jpg", jpeg()), ("a.cls", b"-7")), "label"),
         (tar_of(("a.jpg", jpeg()), ("a.cls", b"\xff\x00")), "a.cls cannot be read"),
         (tar_of(("a.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")), "not one of JPEG, PNG, WEBP"),
         (tar_of(("\x1b[2J.jpg", b"")), r"\x1b[2J.jpg cannot be read"),
-        (tar_of(("a.jpg", jpeg((4100, 4)))), "more than 4096 a side"),
+        (tar_of(("a.jpg", jpeg((4100, 4)))), "more than 4096 pixels per side"),
         (tar_header("a.jpg", -1024) + jpeg().ljust(4096, b"\0"), "-1,024 bytes"),
         (tar_header("a.jpg", -1024, b"A") + bytes(4096), "-1,024 bytes"),
         (
             b"".join(tar_header("././@LongLink", 1, b"L") + b"x".ljust(512, b"\0") for _ in range(3000)) + bytes(1024),
             "not a complete",
         ),
-        (gzip.compress(tar_of(("a.jpg", jpeg()))), "cut off, or compressed"),
+        (gzip.compress(tar_of(("a.jpg", jpeg()))), "truncated or compressed"),
         (tar_header("a.jpg", 2**33) + bytes(2048), "8,589,934,592 bytes"),
         (bytes(10_240), "no image"),
     ],

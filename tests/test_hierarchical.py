@@ -1,4 +1,4 @@
-"""The hierarchical VAE. Its latents are whitened, and the KL divergence must be invariant under the whitening."""
+"""The hierarchical VAE, whose latents are whitened, with a KL divergence that is invariant under the whitening."""
 
 from pathlib import Path
 
@@ -77,11 +77,11 @@ def test_the_kl_of_each_layer_is_invariant_under_whitening() -> None:
     model, x = perturb(small()), images(3)
     heads: list[Tensor] = []
     for layer in model.decoder.layers:
-        for part in (layer.posterior, layer.prior):
-            part.register_forward_hook(lambda _, inputs, output: heads.append(output))
+        for module in (layer.posterior, layer.prior):
+            module.register_forward_hook(lambda _, inputs, output: heads.append(output))
     terms = model(x, noise_for(model, 3))
     for column, (q, p) in enumerate(zip(heads[::2], heads[1::2], strict=True)):
-        m, s = (5 * torch.tanh(part / 5) for part in q.chunk(2, 1))
+        m, s = (5 * torch.tanh(x / 5) for x in q.chunk(2, 1))
         mean, log_sigma = p[:, :4], 5 * torch.tanh(p[:, 4:8] / 5)
         prior = torch.distributions.Normal(mean, log_sigma.exp())
         posterior = torch.distributions.Normal(mean + m * log_sigma.exp(), (s + log_sigma).exp())
@@ -147,7 +147,7 @@ def test_the_kl_is_in_fp32_under_autocast() -> None:
     assert torch.allclose(terms.kl.sum(1), model(x, noise).kl.sum(1), rtol=0.05)
 
 
-def test_it_exports_for_any_batch_size(tmp_path: Path) -> None:
+def test_the_model_exports_for_any_batch_size(tmp_path: Path) -> None:
     parts = export_model(perturb(small()).eval(), tmp_path / "out", "torch", {})["parts"]
     assert sorted(parts) == ["decoder", "encoder"]
     assert all(part["max_difference"] < 1e-4 for part in parts.values())
@@ -178,26 +178,26 @@ def test_every_parameter_gets_a_gradient_after_three_steps() -> None:
     for _ in range(3):  # zero-initialized layers block the gradients of the layers before them
         optimizer.zero_grad()
         step(model, optimizer, x)
-    without_gradient = [name for name, part in model.named_parameters() if part.grad is None or not part.grad.any()]
+    without_gradient = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without_gradient
 
 
-def test_training_lowers_the_loss_and_three_layers_carry_information() -> None:
+def test_training_lowers_the_loss_and_uses_at_least_three_layers() -> None:
     model = small(num_res_blocks=1).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), fused=True)
     data, held_out = images(256), images(32, seed=1)
 
-    def nats() -> tuple[float, Tensor]:
+    def evaluate() -> tuple[float, Tensor]:
         torch.manual_seed(3)
         with torch.no_grad():
             terms = model(held_out, noise_for(model, 32))
         return -terms.elbo.mean().item() / model.dimensions, terms.kl.mean(0)
 
-    before, _ = nats()
+    before, _ = evaluate()
     torch.manual_seed(4)
     for _ in range(80):
         optimizer.zero_grad()
         step(model, optimizer, data[torch.randint(len(data), (16,))])
-    after, kl = nats()
+    after, kl = evaluate()
     assert after < before - 0.7, (before, after)  # nats per dimension
     assert (kl > 20).sum() >= 3, kl

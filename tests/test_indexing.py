@@ -20,7 +20,7 @@ from vae_scale.pack import main
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *options: object) -> str:
-    """Runs the command, which must fail, and returns its one-line error."""
+    """Runs a command that must fail and returns its one-line error message."""
     with pytest.raises(SystemExit) as caught:
         main([str(option) for option in options])
     assert caught.value.code == 2
@@ -29,9 +29,9 @@ def error_line(capsys: pytest.CaptureFixture[str], *options: object) -> str:
     return lines[0]
 
 
-def encoded(picture: Image.Image, kind: str) -> bytes:
+def encode(image: Image.Image, kind: str) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    image.save(file, kind, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
     return file.getvalue()
 
 
@@ -48,23 +48,23 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
 @pytest.fixture
 def webdataset(tmp_path: Path) -> tuple[Path, Images]:
     """Twelve shards of 10 samples: folders in names, captions beside images, labels before or after images or missing."""
-    pictures = discs(120, 5)
+    images = discs(120, 5)
     for shard in range(12):
         members = {}
         for row in range(shard * 10, shard * 10 + 10):
-            picture, key = Image.fromarray(pictures[row]), f"part{shard}/{row:05d}"
+            image, key = Image.fromarray(images[row]), f"part{shard}/{row:05d}"
             members[f"{key}.json"] = json.dumps({"caption": "a disc"}).encode()
             if row % 10 < 4:
                 members[f"{key}.cls"] = str(row % 7).encode()
-            members[f"{key}.{'jpg' if row % 2 else 'JPEG'}"] = encoded(picture, "JPEG")
+            members[f"{key}.{'jpg' if row % 2 else 'JPEG'}"] = encode(image, "JPEG")
             if 4 <= row % 10 < 8:
                 members[f"{key}.cls"] = f"{row % 7}\n".encode()
         write_tar(tmp_path / "webdataset" / f"disc-{shard:03d}.tar", members)
-    return tmp_path / "webdataset", pictures
+    return tmp_path / "webdataset", images
 
 
 def test_indexed_jpegs_are_streamed_with_labels(webdataset: tuple[Path, Images]) -> None:
-    folder, pictures = webdataset
+    folder, images = webdataset
     main(["--index", f"{folder}/disc-{{000..011}}.tar"])
     shards = ShardSet.open(folder)
     assert shards.splits == {"train": 100, "test": 20}
@@ -72,14 +72,14 @@ def test_indexed_jpegs_are_streamed_with_labels(webdataset: tuple[Path, Images])
     assert shards.labels.tolist() == [row % 7 if row % 10 < 8 else -1 for row in range(120)]
     rows = []
     for batch in islice(Stream(shards, 24, seed=1, window=3), 5):
-        assert np.abs(batch.images.numpy().astype(float) - pictures[batch.rows]).mean() < 6
+        assert np.abs(batch.images.numpy().astype(float) - images[batch.rows]).mean() < 6
         rows += batch.rows.tolist()
     assert sorted(rows) == list(range(120))
     main(["--verify", str(folder)])
 
 
 def test_remote_shards_are_indexed_by_url(webdataset: tuple[Path, Images], tmp_path: Path) -> None:
-    folder, pictures = webdataset
+    folder, images = webdataset
     server = Server(folder)
     try:
         server.faults["disc-002.tar"] = ["reset"]
@@ -90,12 +90,12 @@ def test_remote_shards_are_indexed_by_url(webdataset: tuple[Path, Images], tmp_p
         shards = ShardSet.open(tmp_path / "index", Cache(tmp_path / "cache"))
         assert shards.splits == {"train": 30, "test": 10}
         for batch in islice(Stream(shards, 20, seed=1), 2):
-            assert np.abs(batch.images.numpy().astype(float) - pictures[batch.rows]).mean() < 6
+            assert np.abs(batch.images.numpy().astype(float) - images[batch.rows]).mean() < 6
     finally:
         server.stop()
 
 
-def test_sources_name_splits(webdataset: tuple[Path, Images]) -> None:
+def test_sources_can_set_splits(webdataset: tuple[Path, Images]) -> None:
     folder, _ = webdataset
     main(["--index", f"train={folder}/disc-{{000..004}}.tar", f"train={folder}/disc-006.tar", f"test={folder}/disc-010.tar"])
     shards = ShardSet.open(folder)
@@ -106,9 +106,10 @@ def test_sources_name_splits(webdataset: tuple[Path, Images]) -> None:
 def test_images_of_any_size_are_cropped_and_resized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes, members = [(96, 60), (50, 200), (96, 60), (64, 64)], {}
     for row, size in enumerate(sizes):
-        members[f"{row}.png"] = encoded(Image.fromarray(discs(1, row)[0]).resize(size), "PNG")
+        members[f"{row}.png"] = encode(Image.fromarray(discs(1, row)[0]).resize(size), "PNG")
     write_tar(tmp_path / "a.tar", members)
-    assert "a.tar: images of 50x200, others of 96x60; give --resolution" in error_line(capsys, "--index", tmp_path / "a.tar")
+    error = error_line(capsys, "--index", tmp_path / "a.tar")
+    assert "a.tar: image size is 50x200, but most images are 96x60; use --resolution" in error
     assert not (tmp_path / "index.json").exists()
     main(["--index", str(tmp_path / "a.tar"), "--resolution=32"])
     shards = ShardSet.open(tmp_path)
@@ -118,51 +119,51 @@ def test_images_of_any_size_are_cropped_and_resized(tmp_path: Path, capsys: pyte
     assert np.abs(images[1].astype(int) - np.asarray(expected)).max() <= 1
 
 
-def break_end(folder: Path) -> str:
+def truncate_tar(folder: Path) -> str:
     path = folder / "disc-003.tar"
     with tarfile.open(path) as tar:
         third = tar.getmembers()[9]
-    path.write_bytes(path.read_bytes()[: third.offset])  # between two members, where tar tools see nothing wrong
-    return "disc-003.tar: does not end as a tar does"
+    path.write_bytes(path.read_bytes()[: third.offset])  # between two members, which tar tools do not detect
+    return "disc-003.tar: has no end-of-archive marker"
 
 
-def break_image(folder: Path) -> str:
-    pictures = {f"{row}.jpg": encoded(Image.fromarray(discs(1, row)[0]), "JPEG") for row in range(3)}
-    write_tar(folder / "disc-005.tar", pictures | {"1.jpg": pictures["1.jpg"][:500]})
+def damage_image(folder: Path) -> str:
+    images = {f"{row}.jpg": encode(Image.fromarray(discs(1, row)[0]), "JPEG") for row in range(3)}
+    write_tar(folder / "disc-005.tar", images | {"1.jpg": images["1.jpg"][:500]})
     return "disc-005.tar: 1.jpg cannot be read"
 
 
-def break_label(folder: Path) -> str:
-    picture = encoded(Image.fromarray(discs(1, 0)[0]), "JPEG")
-    write_tar(folder / "disc-005.tar", {"1.jpg": picture, "1.cls": b"cat"})
+def write_invalid_label(folder: Path) -> str:
+    image = encode(Image.fromarray(discs(1, 0)[0]), "JPEG")
+    write_tar(folder / "disc-005.tar", {"1.jpg": image, "1.cls": b"cat"})
     return "disc-005.tar: 1.cls cannot be read"
 
 
-def break_kind(folder: Path) -> str:
+def remove_images(folder: Path) -> str:
     write_tar(folder / "disc-005.tar", {"1.txt": b"no image"})
-    return "disc-005.tar: holds no image"
+    return "disc-005.tar: contains no images"
 
 
-def break_sample(folder: Path) -> str:
-    picture = Image.fromarray(discs(1, 0)[0])
-    write_tar(folder / "disc-005.tar", {"1.jpg": encoded(picture, "JPEG"), "1.png": encoded(picture, "PNG")})
+def repeat_sample(folder: Path) -> str:
+    image = Image.fromarray(discs(1, 0)[0])
+    write_tar(folder / "disc-005.tar", {"1.jpg": encode(image, "JPEG"), "1.png": encode(image, "PNG")})
     return "disc-005.tar: a sample has several images"
 
 
-def break_file(folder: Path) -> str:
+def remove_shard(folder: Path) -> str:
     (folder / "disc-007.tar").unlink()
     return "disc-007.tar: No such file"
 
 
-def break_kind_of_file(folder: Path) -> str:
+def write_other_file(folder: Path) -> str:
     (folder / "disc-007.tar").write_bytes(b"x" * 2048)
-    return "disc-007.tar: does not end as a tar does"
+    return "disc-007.tar: has no end-of-archive marker"
 
 
 @pytest.mark.parametrize(
-    "damage", [break_end, break_image, break_label, break_kind, break_sample, break_file, break_kind_of_file]
+    "damage", [truncate_tar, damage_image, write_invalid_label, remove_images, repeat_sample, remove_shard, write_other_file]
 )
-def test_unusable_shard_is_named(
+def test_error_names_the_unusable_shard(
     webdataset: tuple[Path, Images],
     capsys: pytest.CaptureFixture[str],
     damage,  # type: ignore[no-untyped-def]
@@ -178,10 +179,10 @@ def test_unusable_shard_is_named(
     [
         (["http://127.0.0.1:9/{0..3}.tar"], "--out DIR is missing"),
         (["ftp://host/x.tar"], "must be a file, or a URL"),
-        (["train=a.tar", "b.tar"], "name the split of all sources"),
+        (["train=a.tar", "b.tar"], "give a split for all sources"),
         (["a.tar", "b/c.tar"], "in several folders"),
-        (["a.tar", "a.tar"], "a.tar is named twice"),
-        (["a/a.tar", "--out=elsewhere"], "must be beside its shards"),
+        (["a.tar", "a.tar"], "a.tar is listed twice"),
+        (["a/a.tar", "--out=elsewhere"], "must be in the folder of the shards"),
     ],
 )
 def test_invalid_options_are_rejected(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Convolutions get channels_last inputs and gradients; on GPUs, anything else costs a transposition."""
+"""Convolutions have channels_last inputs and gradients, which avoids transpositions on GPUs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +57,7 @@ class ConvolutionInputs(TorchDispatchMode):
 
 @pytest.fixture
 def gpu_group_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces GroupNorm with what is compiled on GPUs."""
+    """Replaces GroupNorm with the implementation that is compiled on GPUs."""
 
     def forward(self: GroupNorm, x: Tensor) -> Tensor:
         return group_norm_channels_last(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -82,7 +82,7 @@ def build_objective(options: list[str]) -> tuple[ELBO, tuple[Any, ...]]:
 
 @pytest.mark.usefixtures("gpu_group_norm")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_every_convolution_gets_channels_last_inputs_and_gradients(options: list[str]) -> None:
+def test_every_convolution_has_channels_last_inputs_and_gradients(options: list[str]) -> None:
     objective, batch = build_objective(options)
     with ConvolutionInputs() as recorded:
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Metrics on data for which the result is known."""
+"""Metrics, compared with closed forms and reference implementations."""
 
 import sys
 from pathlib import Path
@@ -35,22 +35,22 @@ def with_moments(mean: Tensor, covariance: Tensor, seed: int = 0) -> Tensor:
     return (torch.linalg.cholesky(covariance) @ white).T + mean
 
 
-def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:
+def test_frechet_distance_of_gaussians_equals_the_closed_form() -> None:
     first, second = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 4.0, 1.0]).double()
-    one = with_moments(torch.zeros(3).double(), torch.diag(first), seed=1)
-    other = with_moments(torch.tensor([1.0, 2.0, 2.0]).double(), torch.diag(second), seed=2)
+    x = with_moments(torch.zeros(3).double(), torch.diag(first), seed=1)
+    y = with_moments(torch.tensor([1.0, 2.0, 2.0]).double(), torch.diag(second), seed=2)
     # means: 9; standard deviations: (1 - 2)^2 + (2 - 2)^2 + (3 - 1)^2
-    assert distance(one, other) == pytest.approx(9 + 1 + 0 + 4, rel=1e-10)
+    assert distance(x, y) == pytest.approx(9 + 1 + 0 + 4, rel=1e-10)
 
 
 def test_frechet_distance_equals_scipy_and_torch_fidelity() -> None:
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    one, other = normal(200, 20, seed=1), normal(150, 20, seed=2) @ normal(20, 20, seed=3) + 0.5
-    result = distance(one, other)
-    reference = fid_statistics_to_metric(*(fid_features_to_statistics(x) for x in (one, other)), verbose=False)
+    x, y = normal(200, 20, seed=1), normal(150, 20, seed=2) @ normal(20, 20, seed=3) + 0.5
+    result = distance(x, y)
+    reference = fid_statistics_to_metric(*(fid_features_to_statistics(features) for features in (x, y)), verbose=False)
     assert result == pytest.approx(reference["frechet_inception_distance"], rel=1e-8)
-    (m1, c1), (m2, c2) = ((x.numpy().mean(0), np.cov(x.numpy(), rowvar=False)) for x in (one, other))
+    (m1, c1), (m2, c2) = ((a.mean(0), np.cov(a, rowvar=False)) for a in (x.numpy(), y.numpy()))
     assert result == pytest.approx(((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real), rel=1e-8)
 
 
@@ -59,7 +59,7 @@ def test_frechet_distance_of_fewer_images_than_dimensions_is_exact(count: int) -
     x = normal(count, 64).float() * 3 + 5
     assert distance(x, x) == pytest.approx(0, abs=1e-9)
     assert distance(x, x.double() + 0.25) == pytest.approx(64 / 16, rel=1e-9)
-    # Twice the distance from the mean: the square root of one covariance is half of the other's.
+    # Deviations from the mean are doubled, so the square root of the covariance is doubled.
     spread = float(Moments.from_features(x).covariance.trace())
     assert distance(x, 2 * x.double() - x.double().mean(0)) == pytest.approx(spread, rel=1e-9)
 
@@ -72,21 +72,21 @@ def test_frechet_distance_requires_two_images() -> None:
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 3), st.integers(1, 3))
 def test_moments_do_not_depend_on_batches_padding_or_ranks(sizes: list[int], padding: int, ranks: int) -> None:
     x = normal(sum(sizes), 5).float() + 100
-    parts = [Moments(5) for _ in range(ranks)]
+    moments = [Moments(5) for _ in range(ranks)]
     for number, batch in enumerate(x.split(sizes)):
         padded = torch.cat([batch, batch[-1:].expand(padding, -1)])
         weights = torch.cat([torch.ones(len(batch)), torch.zeros(padding)])
-        parts[number % ranks].update(padded, weights)
+        moments[number % ranks].update(padded, weights)
     names = iter(["count", "total", "products"])
 
     def all_reduce_sum(tensor: Tensor) -> Tensor:
         name = next(names)
-        return tensor + sum(getattr(part, name) for part in parts[1:])
+        return tensor + sum(getattr(other, name) for other in moments[1:])
 
-    pooled, whole = parts[0], Moments.from_features(x)
+    pooled, expected = moments[0], Moments.from_features(x)
     pooled.all_reduce(all_reduce_sum)
     for name in ("count", "total", "products"):
-        assert torch.allclose(getattr(pooled, name), getattr(whole, name), rtol=1e-12, atol=0)
+        assert torch.allclose(getattr(pooled, name), getattr(expected, name), rtol=1e-12, atol=0)
     if len(x) > 1:
         assert torch.allclose(pooled.covariance, torch.cov(x.double().T), atol=1e-8)
 
@@ -122,10 +122,10 @@ def test_precision_recall_density_and_coverage_follow_their_definitions(n: int, 
 
 def test_neighbours_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, samples = normal(40, 8), normal(30, 8, seed=1)
-    whole, near = neighbours.compute_prdc(reference, samples), neighbours.nearest_neighbours(samples, reference)
+    prdc, nearest = neighbours.compute_prdc(reference, samples), neighbours.nearest_neighbours(samples, reference)
     monkeypatch.setattr(neighbours, "CHUNK", 7)
-    assert neighbours.compute_prdc(reference, samples) == whole
-    assert torch.equal(neighbours.nearest_neighbours(samples, reference), near)
+    assert neighbours.compute_prdc(reference, samples) == prdc
+    assert torch.equal(neighbours.nearest_neighbours(samples, reference), nearest)
 
 
 def test_neighbours_of_equal_distant_and_repeated_sets() -> None:
@@ -181,7 +181,7 @@ def test_efficientnet_features_separate_discs_from_blurred_discs() -> None:
     assert distances[1] > 1.5 * distances[0] > 0
 
 
-def test_weights_with_another_sha256_are_refused_before_unpickling(tmp_path: Path) -> None:
+def test_weights_with_a_different_sha256_are_not_unpickled(tmp_path: Path) -> None:
     other = tmp_path / "weights.pth"
     other.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     for name in ("efficientnet_lite0", "inception"):
@@ -201,8 +201,8 @@ def test_inception_is_downloaded_verified_and_used(tmp_path: Path, monkeypatch: 
         patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         network = inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    (tmp_path / "there").mkdir()
-    file = tmp_path / "there" / "weights.pth"
+    (tmp_path / "server").mkdir()
+    file = tmp_path / "server" / "weights.pth"
     torch.save(network.state_dict(), file)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(inception, "URL_INCEPTION_V3", file.as_uri())

@@ -226,7 +226,7 @@ def test_the_elbo_is_below_the_importance_weighted_bound() -> None:
             elbos.append(model(x, noise).elbo)
     elbo, single = torch.stack(elbos).mean(0), torch.stack(weights).mean(0)
     bound = torch.stack(weights).logsumexp(0) - math.log(64)
-    assert torch.allclose(elbo, single, atol=0.5)  # nats; two estimates of one number
+    assert torch.allclose(elbo, single, atol=0.5)  # nats; two estimates of the same value
     assert (bound >= elbo - 0.1).all()
 
 
@@ -243,8 +243,8 @@ def test_the_objective_is_the_negative_elbo_per_dimension_with_a_weighted_kl() -
     kl = terms.kl.sum(1).mean().item() / model.dimensions
     assert loss.item() - half.item() == pytest.approx(0.5 * kl, rel=1e-2)
     free, _ = ELBO(model, Config(objective=ObjectiveConfig(free_bits=1e9)))(images, random_inputs, torch.tensor(1.0), factor)
-    parts = torch.autograd.grad(free, list(model.encoder.parameters()), allow_unused=True)
-    assert all(part is None or part.isfinite().all() for part in parts)
+    gradients = torch.autograd.grad(free, list(model.encoder.parameters()), allow_unused=True)
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
 
 
 def test_bits_per_dim() -> None:
@@ -261,7 +261,7 @@ def test_samples_do_not_depend_on_the_batch_size_or_their_number() -> None:
     assert torch.equal(model.sample(2, temperature=0.0)[0], model.sample(2, temperature=0.0)[1])
 
 
-def test_slerp_keeps_the_norm() -> None:
+def test_slerp_preserves_the_norm() -> None:
     first, last = torch.randn(2, 8, 1, 1)
     first, last = first / first.norm(), last / last.norm()
     for t in (0.0, 0.3, 1.0):
@@ -298,7 +298,7 @@ def test_load_reads_a_saved_model_a_checkpoint_and_a_run(tmp_path: Path) -> None
         assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
 
 
-def test_a_model_of_another_format_version_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_model_of_another_format_version_raises_a_one_line_error(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(model.to_config() | {"format_version": 2}))

@@ -42,7 +42,7 @@ def loss_and_gradient(objective: ELBO, batch: tuple[object, ...], bf16: bool = F
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss, _ = objective(*batch)
     gradients = torch.autograd.grad(loss, [p for p in objective.parameters() if p.requires_grad], allow_unused=True)
-    return loss.item(), torch.cat([part.double().flatten() for part in gradients if part is not None])
+    return loss.item(), torch.cat([gradient.double().flatten() for gradient in gradients if gradient is not None])
 
 
 def relative_difference(gradient: Tensor, reference: Tensor) -> float:
@@ -56,7 +56,7 @@ def test_fp32_and_bf16_are_close_to_fp64(network: str, monkeypatch: pytest.Monke
     fp32 = loss_and_gradient(objective, batch)
     bf16 = loss_and_gradient(objective, batch, bf16=True)
     with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "float", torch.Tensor.double)  # also where the code casts to fp32
+        patched.setattr(torch.Tensor, "float", torch.Tensor.double)  # casts to fp32 become casts to fp64
         images, random_inputs, *schedule_values = batch
         exact = (images, random_inputs | {"noise": random_inputs["noise"].double()}, *schedule_values)  # type: ignore[attr-defined,operator]
         reference = loss_and_gradient(copy.deepcopy(objective).double(), exact)
@@ -70,7 +70,7 @@ def test_fp32_and_bf16_are_close_to_fp64(network: str, monkeypatch: pytest.Monke
 def test_compiled_and_eager_results_are_equal_up_to_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         compiling.CACHE_VARIABLE, str(compiling.cache_folder())
-    )  # torch's own mixes code for different instructions
+    )  # torch's cache does not distinguish instruction sets
     objective, batch = objective_and_batch("shallow")
     eager = loss_and_gradient(objective, batch)
     compiled = loss_and_gradient(torch.compile(objective), batch)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def pack(*options: object) -> None:
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *options: object) -> str:
-    """Runs the command, which must fail, and returns its one-line error."""
+    """Runs a command that must fail and returns its one-line error message."""
     with pytest.raises(SystemExit) as caught:
         pack(*options)
     assert caught.value.code == 2
@@ -143,11 +143,11 @@ def test_resume_after_kill_gives_the_same_bytes(binaries: Path, tmp_path: Path) 
     assert len(finished) >= 6
     assert not (out / "index.json").exists()
     recorded = len((out / ".packing.jsonl").read_text().splitlines()) - 1
-    victim = min(finished)
-    victim.write_bytes(victim.read_bytes()[:-1])  # as after a crash of the machine
+    damaged = min(finished)
+    damaged.write_bytes(damaged.read_bytes()[:-1])  # as after a crash of the machine
     pack(*options, f"--out={out}")
-    pack(*options, f"--out={tmp_path / 'whole'}")
-    assert contents(out) == contents(tmp_path / "whole")
+    pack(*options, f"--out={tmp_path / 'uninterrupted'}")
+    assert contents(out) == contents(tmp_path / "uninterrupted")
     kept = [path for path in finished if path.stat().st_mtime_ns == finished[path]]
     assert len(kept) >= recorded - 1
 
@@ -229,49 +229,52 @@ def test_full_disk_leaves_no_incomplete_file(binaries: Path, tmp_path: Path) -> 
     assert len(ShardSet.open(tmp_path)) == sum(COUNTS.values())
 
 
-def break_short(folder: Path) -> str:
+def truncate_images(folder: Path) -> str:
     path = folder / "train_X.bin"
     path.write_bytes(path.read_bytes()[:-100])
     return "train_X.bin"
 
 
-def break_labels(folder: Path) -> str:
+def truncate_labels(folder: Path) -> str:
     path = folder / "test_y.bin"
     path.write_bytes(path.read_bytes()[:-1])
     return "test_y.bin"
 
 
-def break_range(folder: Path) -> str:
+def write_invalid_label(folder: Path) -> str:
     path = folder / "train_y.bin"
     path.write_bytes(b"\x0b" + path.read_bytes()[1:])
     return "label 11"
 
 
-def break_missing(folder: Path) -> str:
+def remove_images(folder: Path) -> str:
     (folder / "unlabeled_X.bin").unlink()
     return "unlabeled_X.bin"
 
 
-def break_folds(folder: Path) -> str:
+def write_invalid_fold(folder: Path) -> str:
     (folder / "fold_indices.txt").write_text("1 2 60\n")
     return "fold_indices.txt"
 
 
-def break_all(folder: Path) -> str:
+def remove_folder(folder: Path) -> str:
     shutil.rmtree(folder)
     return "--download"
 
 
-@pytest.mark.parametrize("damage", [break_short, break_labels, break_range, break_missing, break_folds, break_all])
-def test_damaged_binary_is_named(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage) -> None:  # type: ignore[no-untyped-def]
-    copy = tmp_path / "copy"
-    shutil.copytree(binaries, copy)
-    name = damage(copy)
-    assert name in error_line(capsys, "--source=stl10", f"--data={copy}", f"--out={tmp_path / 'out'}")
+DAMAGES = [truncate_images, truncate_labels, write_invalid_label, remove_images, write_invalid_fold, remove_folder]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_error_names_the_damaged_binary(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path / "copy"
+    shutil.copytree(binaries, folder)
+    name = damage(folder)
+    assert name in error_line(capsys, "--source=stl10", f"--data={folder}", f"--out={tmp_path / 'out'}")
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def test_truncated_archive_is_named(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_names_the_truncated_archive(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = tmp_path / "stl10_binary.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(binaries, "stl10_binary")
@@ -283,20 +286,20 @@ def test_folder_of_photographs_is_cropped_and_labeled(tmp_path: Path) -> None:
     for number in range(40):
         folder = tmp_path / "photos" / ("cats" if number % 2 else "dogs") / "deeper"
         folder.mkdir(parents=True, exist_ok=True)
-        picture = np.zeros((50, 90, 3), np.uint8)
-        picture[:, 20:70] = (200, 10 * (number % 20), 30)  # the middle square
-        Image.fromarray(picture).save(folder / f"{number:03d} ü.png")
+        photo = np.zeros((50, 90, 3), np.uint8)
+        photo[:, 20:70] = (200, 10 * (number % 20), 30)  # central square
+        Image.fromarray(photo).save(folder / f"{number:03d} ü.png")
     pack("--source=folder", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'out'}", "--resolution=32")
     shards = ShardSet.open(tmp_path / "out")
     assert shards.image_shape == (32, 32, 3)
     assert shards.class_names == ("cats", "dogs")
     assert set(shards.splits) == {"train", "test"}
     assert sum(shards.splits.values()) == 40
-    # Away from the edge, where resizing rings, only the middle square is left.
+    # Resizing rings at the edges; all other pixels are from the central square.
     assert np.all(shards.read(0)[:, 4:-4, 4:-4, 0] == 200)
 
 
-def test_folders_named_like_splits_are_splits(tmp_path: Path) -> None:
+def test_split_folders_are_used_as_splits(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / "photos" / split).mkdir(parents=True)
         for number in range(3):
@@ -307,7 +310,7 @@ def test_folders_named_like_splits_are_splits(tmp_path: Path) -> None:
     assert shards.shards[0].labels == (-1, -1, -1)
 
 
-def test_unreadable_photograph_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_names_the_unreadable_photograph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(30):
         Image.fromarray(discs(1, number)[0]).save(tmp_path / f"{number}.png")
     broken = tmp_path / "7.png"
@@ -317,12 +320,12 @@ def test_unreadable_photograph_is_named(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_shard_cut_at_a_member_is_rejected(shards: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(shards, copy)
-    victim = copy / "stl10-train-000000.tar"
-    victim.write_bytes(victim.read_bytes()[: 29_696 * 20])
+    folder = tmp_path / "copy"
+    shutil.copytree(shards, folder)
+    damaged = folder / "stl10-train-000000.tar"
+    damaged.write_bytes(damaged.read_bytes()[: 29_696 * 20])
     with pytest.raises(UserError, match=r"stl10-train-000000\.tar"):
-        ShardSet.open(copy).select("train").read(0)
+        ShardSet.open(folder).select("train").read(0)
 
 
 @pytest.mark.parametrize(
@@ -349,25 +352,25 @@ def test_invalid_manifest_is_rejected(shards: Path, tmp_path: Path, change, mess
 @pytest.fixture
 def server(binaries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Serves an archive at STL-10's URL. Returns the path of the archive."""
-    served = tmp_path / "served"
-    served.mkdir()
-    archive = served / "stl10_binary.tar.gz"
+    root = tmp_path / "served"
+    root.mkdir()
+    archive = root / "stl10_binary.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(binaries, "stl10_binary")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(served))  # type: ignore[arg-type]
+            super().__init__(*args, directory=str(root))  # type: ignore[arg-type]
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    monkeypatch.setattr(STL10, "url", f"http://127.0.0.1:{running.server_port}/{archive.name}")
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(STL10, "url", f"http://127.0.0.1:{http_server.server_port}/{archive.name}")
     yield archive
-    running.shutdown()
-    running.server_close()
+    http_server.shutdown()
+    http_server.server_close()
 
 
 def test_download_is_packed(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,13 +379,13 @@ def test_download_is_packed(server: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert ShardSet.open(tmp_path / "out").splits == COUNTS
 
 
-def test_download_with_another_md5_is_rejected(server: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_download_with_a_wrong_md5_is_rejected(server: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--source=stl10", "--download", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
     assert "could not be downloaded" in error_line(capsys, *options)
     assert not (tmp_path / "out").exists()
 
 
-def test_demo_photographs_are_packed_like_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_photographs_are_packed_in_the_format_of_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vae_scale.data.photos.CROPS", {"train": 10, "unlabeled": 10, "test": 5})
     pack("--source=photos", f"--out={tmp_path}")
     shards = ShardSet.open(tmp_path)

@@ -1,4 +1,4 @@
-"""The order of training."""
+"""The order of training images."""
 
 from collections import Counter
 
@@ -52,14 +52,14 @@ def test_batches_do_not_depend_on_world_size_or_gradient_accumulation(plan: Plan
 
 
 @given(PLANS, st.integers(0, 40))
-def test_any_batch_is_computed_without_the_earlier_ones(plan: Plan, batch: int) -> None:
+def test_batches_do_not_depend_on_previous_calls(plan: Plan, batch: int) -> None:
     for earlier in range(batch):
         plan.rows(earlier * plan.batch)
     assert np.array_equal(plan.rows(batch * plan.batch), copy_without_cache(plan).rows(batch * plan.batch))
 
 
 @given(PLANS, st.sampled_from([1, 2, 4]))
-def test_local_batch_names_all_shards_of_its_rows(plan: Plan, world_size: int) -> None:
+def test_local_batch_lists_all_shards_of_its_rows(plan: Plan, world_size: int) -> None:
     starts = np.concatenate([[0], np.cumsum(plan.sizes)])
     for batch in range(3 * plan.images // plan.batch + 2):
         for rank in range(world_size):
@@ -68,7 +68,7 @@ def test_local_batch_names_all_shards_of_its_rows(plan: Plan, world_size: int) -
 
 
 @given(st.lists(st.integers(12, 40), min_size=1, max_size=8), st.integers(1, 9), st.sampled_from([1, 2, 4]))
-def test_shards_are_named_one_batch_before_they_are_needed(sizes: list[int], window: int, world_size: int) -> None:
+def test_shards_are_listed_one_batch_in_advance(sizes: list[int], window: int, world_size: int) -> None:
     plan, starts = Plan(sizes, 1, 12, window), np.concatenate([[0], np.cumsum(sizes)])
     for rank in range(world_size):
         prefetched = plan.local_batch(0, rank, world_size)[1]
@@ -102,13 +102,13 @@ def test_epochs_and_seeds_differ() -> None:
     assert not np.array_equal(plan.epoch_order(0), Plan([50, 50], 2, 10, 2).epoch_order(0))
 
 
-def test_a_batch_not_divisible_by_streams_is_rejected() -> None:
+def test_a_batch_size_not_divisible_by_streams_is_rejected() -> None:
     with pytest.raises(ValueError, match="3 streams"):
         Plan([10], seed=1, batch=16, window=1, streams=3)
 
 
 def test_permutations_do_not_change_between_versions() -> None:
-    # Another order would make every resumed run see other images.
+    # A resumed run would otherwise train on other images.
     assert permutation(10, 0, 1, "rows").tolist() == [6, 3, 1, 5, 0, 7, 4, 9, 2, 8]
 
 

@@ -69,7 +69,7 @@ def test_transient_faults_are_retried(
         ("500", "HTTP 500, after 3 attempts", 3),
         ("404", "not found", 1),
         ("403", "HTTP 403", 1),
-        ("truncated, no length", "bytes, the manifest says", 3),
+        ("truncated, no length", "bytes, expected", 3),
         ("bit flip", "its sha256 differs from the manifest, after 3 attempts", 3),
         ("reset", "after 3 attempts", 3),
         ("no data", "no data for 0.3 s after 0 bytes, after 3 attempts", 3),
@@ -136,7 +136,7 @@ def test_secrets_are_sent_but_not_printed(server: Server, cache: Cache, capfd: p
 
 
 def write_manifest(shards: Path, folder: Path, url: Callable[[str], str]) -> Path:
-    """Writes a copy of the manifest with other URLs of the shards."""
+    """Writes a copy of the manifest with modified shard URLs."""
     index = json.loads((shards / "index.json").read_text())
     for entry in index["shardlist"]:
         entry["url"] = url(entry["url"])
@@ -145,7 +145,7 @@ def write_manifest(shards: Path, folder: Path, url: Callable[[str], str]) -> Pat
     return folder
 
 
-def test_a_local_manifest_can_name_remote_shards(shards: Path, server: Server, cache: Cache, tmp_path: Path) -> None:
+def test_a_local_manifest_can_refer_to_remote_shards(shards: Path, server: Server, cache: Cache, tmp_path: Path) -> None:
     folder = write_manifest(shards, tmp_path / "index", lambda name: f"{server.url}/{name}?token=a/b")
     shard_set = ShardSet.open(folder, cache)
     assert not shard_set.storage.is_local
@@ -165,7 +165,7 @@ def test_a_local_manifest_can_name_remote_shards(shards: Path, server: Server, c
         *("ftp://host/x.tar", "https://host/../x.tar", "https://host/.x.tar", "https://host/", "http://[x/y.tar", "a\nb.tar"),
     ],
 )
-def test_a_manifest_cannot_name_other_locations(shards: Path, server: Server, tmp_path: Path, url: str) -> None:
+def test_a_manifest_cannot_refer_to_other_locations(shards: Path, server: Server, tmp_path: Path, url: str) -> None:
     folder = write_manifest(shards, tmp_path / "index", lambda name: url)
     server.folder = folder
     for location in (folder, server.url):
@@ -173,7 +173,7 @@ def test_a_manifest_cannot_name_other_locations(shards: Path, server: Server, tm
             ShardSet.open(location)
 
 
-def test_a_manifest_cannot_choose_names_of_cache_files(shards: Path, tmp_path: Path) -> None:
+def test_a_manifest_cannot_set_the_path_of_a_cache_file(shards: Path, tmp_path: Path) -> None:
     index = json.loads((shards / "index.json").read_text())
     index["shardlist"][0]["sha256"] = "../../evil"
     (tmp_path / "index.json").write_text(json.dumps(index))
@@ -182,17 +182,17 @@ def test_a_manifest_cannot_choose_names_of_cache_files(shards: Path, tmp_path: P
 
 
 def test_file_names_are_quoted_in_urls(shards: Path, server: Server, cache: Cache, tmp_path: Path) -> None:
-    odd = "it's $(touch broken) a #1?; é.tar"
-    folder = write_manifest(shards, tmp_path / "index", lambda name: odd if name == FIRST else name)
-    shutil.copy(shards / FIRST, folder / odd)
+    special_name = "it's $(touch broken) a #1?; é.tar"
+    folder = write_manifest(shards, tmp_path / "index", lambda name: special_name if name == FIRST else name)
+    shutil.copy(shards / FIRST, folder / special_name)
     server.folder = folder
     shard_set = ShardSet.open(server.url, cache).select("train")
     assert np.array_equal(shard_set.read(0), ShardSet.open(shards).select("train").read(0))
-    assert server.requests[odd] == 1
-    assert sorted(path.name for path in folder.iterdir()) == sorted([odd, "index.json"])
+    assert server.requests[special_name] == 1
+    assert sorted(path.name for path in folder.iterdir()) == sorted([special_name, "index.json"])
 
 
-def test_a_missing_library_is_named(tmp_path: Path) -> None:
+def test_error_names_a_missing_library(tmp_path: Path) -> None:
     hide = "import sys; sys.modules[sys.argv[1].split(':')[0] + 'fs'] = None; sys.modules['gcsfs'] = None\n"
     for location, library, extra in (("s3://bucket/x", "s3fs", "remote"), ("gs://bucket/x", "gcsfs", "gs")):
         stderr = start(hide + READ_ALL, location, tmp_path).communicate(timeout=60)[1]
@@ -203,7 +203,7 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
 TRAIN = "from vae_scale.train import main; import sys; main(sys.argv[1:])"
 
 
-def test_training_over_http_and_without_its_server(shards: Path, server: Server, tmp_path: Path) -> None:
+def test_training_over_http_stops_if_the_server_is_lost(shards: Path, server: Server, tmp_path: Path) -> None:
     largest = max(shard.filesize for shard in ShardSet.open(shards).shards)
     options = [
         f"--data.shards={server.url}",
@@ -218,8 +218,8 @@ def test_training_over_http_and_without_its_server(shards: Path, server: Server,
     assert process.returncode == 0, output
     assert "retrying in 0.1 s" in output[1]
     run = tmp_path / "run"
-    long = ["--train.images=100000", "--evaluate.every=100000", "--train.log_every=1"]
-    process = start(TRAIN, *options, f"--run={run}", *long)
+    long_run = ["--train.images=100000", "--evaluate.every=100000", "--train.log_every=1"]
+    process = start(TRAIN, *options, f"--run={run}", *long_run)
     deadline = time.monotonic() + 60
     while not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > 2):
         assert time.monotonic() < deadline
@@ -250,12 +250,12 @@ def test_a_run_keeps_its_order_when_its_shards_are_moved(
 
 
 @pytest.fixture
-def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+def stop_s3_server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Starts an S3 server with the shards at s3://bucket/stl10. Returns a function that stops it."""
     boto3 = pytest.importorskip("boto3")
-    threaded = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    threaded.start()
-    host, port = threaded.get_host_and_port()
+    s3_server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    s3_server.start()
+    host, port = s3_server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anna")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -270,7 +270,7 @@ def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     def stop() -> None:
         if not stopped[0]:
             stopped[0] = True
-            threaded.stop()
+            s3_server.stop()
 
     yield stop
     stop()
@@ -278,7 +278,7 @@ def bucket(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 
 
 def test_s3_stream_equals_local_stream_and_a_lost_server_is_reported(
-    shards: Path, bucket: Callable[[], None], tmp_path: Path
+    shards: Path, stop_s3_server: Callable[[], None], tmp_path: Path
 ) -> None:
     local = ShardSet.open(shards).select("train", "unlabeled")
     cache = Cache(tmp_path / "cache")
@@ -288,7 +288,7 @@ def test_s3_stream_equals_local_stream_and_a_lost_server_is_reported(
         assert torch.equal(actual.images, expected.images)
     with pytest.raises(UserError, match=r"s3://bucket/nowhere/index\.json: not found"):
         ShardSet.open("s3://bucket/nowhere", cache)
-    bucket()
+    stop_s3_server()
     shutil.rmtree(cache.folder)
     with pytest.raises(UserError, match=r"s3://bucket/stl10/stl10-train-000000\.tar: .*; 25 images of split train") as caught:
         remote_set.read(0)

@@ -46,7 +46,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_run(folder: Path, *lines: object) -> Path:
-    """Returns a folder that holds only metrics; lines that are not strings are written as JSON."""
+    """Creates a run folder with only metrics.jsonl; lines that are not strings are written as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
     (folder / "metrics.jsonl").write_text("".join(f"{text}\n" for text in texts))
@@ -88,7 +88,7 @@ def wait(browser: Any, condition: str) -> None:
 
 
 def open_report(browser: Any, folders: list[Path], out: Path) -> None:
-    """Opens the report of `folders`, with logs that hold only what this page caused."""
+    """Opens the report of `folders` and clears the logs of previous pages."""
     main([*map(str, folders), f"--out={out}"])
     browser.get("about:blank")
     browser.get_log("browser"), browser.get_log("performance")
@@ -127,8 +127,8 @@ def test_page_draws_all_content_and_requests_nothing(run: Path, browser: Any, tm
     assert "warnings" not in text
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [each["params"]["request"] for each in messages if each["method"] == "Network.requestWillBeSent"]
-    assert {each["url"] for each in requests if not each["url"].startswith("data:")} == {out.as_uri()}
+    urls = {message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"}
+    assert {url for url in urls if not url.startswith("data:")} == {out.as_uri()}
 
 
 @needs_browser
@@ -173,7 +173,7 @@ def test_two_runs_are_compared(run: Path, browser: Any, tmp_path: Path) -> None:
     wait(browser, f"{traces}.map((trace) => trace[2]).join() === 'false,false,true,true'")
     differing = browser.find_element("css selector", "#configuration table")
     assert [row.text for row in differing.find_elements("css selector", "tbody tr")] == ["optimizer.lr 0.003 0.001"]
-    # One slider for both runs: each shows its newest image up to there, and the second run has none at first.
+    # A slider for both runs shows the newest image of each run at its position; the second run has none at the first.
     first = sorted(int(path.stem[-9:]) for path in (run / "samples").glob("samples_*.png"))
     assert visible_images(browser, 0) == [[first[-1]], [250]]
     browser.find_element("css selector", ".gallery input").send_keys(Keys.HOME)
@@ -201,7 +201,7 @@ def test_evenly_spaced_items_include_the_first_and_the_last(items: list[int], ma
         assert (kept[0][0], kept[-1][0]) == (0, len(items) - 1)
 
 
-def test_truncated_lines_and_non_finite_values_are_left_out(tmp_path: Path) -> None:
+def test_truncated_lines_and_non_finite_values_are_omitted(tmp_path: Path) -> None:
     lines = ['{"images": 20, "train/lo', '{"images": 30, "train/loss": NaN, "eval/kl_per_channel": [NaN, 4, 5]}']
     lines += ['{"images": 40, "train/loss": 4.0}', '{"images": 50, "train/loss": 3']
     first = {"images": 10, "train/loss": 5.0, "eval/kl_per_channel": [1, 2, 3]}
@@ -273,7 +273,7 @@ def test_user_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     for words, message in (
         ([f"{tmp_path}/none"], f"{tmp_path}/none: not the folder of a run"),
         ([f"{run}", f"{tmp_path}/empty"], f"{tmp_path}/empty: not the folder of a run"),
-        ([f"{run}", f"{run}/../run"], "name each run once"),
+        ([f"{run}", f"{run}/../run"], "give each run only once"),
         ([f"{run}", "--out=page.pdf"], "--out page.pdf: must end in .html"),
         ([f"{run}", f"--out={tmp_path}/folder.html"], "folder.html: cannot be written"),
         ([f"{run}", f"--out={run}/metrics.jsonl/x.html"], "x.html: cannot be written"),
@@ -284,7 +284,7 @@ def test_user_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run_and_fail([str(run)], capsys) == "error: report needs plotly: pip install 'vae_scale[report]'\n"
 
 
-def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path) -> None:
+def test_runs_with_the_same_name_are_labeled_with_their_paths(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name / "run", ONE_LINE) for name in "ab"]
     assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
 

@@ -84,7 +84,7 @@ def test_two_processes_write_the_same_grid_and_files_as_one(run: Path, tmp_path:
     assert all(np.array_equal(two[name], image) for name, image in one.items())
 
 
-def test_other_grids_are_drawn_by_rank_0(run: Path, tmp_path: Path) -> None:
+def test_other_grids_are_computed_by_rank_0(run: Path, tmp_path: Path) -> None:
     words = [f"--run={run}", "--num=3", "--interpolate"]
     output = run_two_processes(*words, f"--out={tmp_path / 'two.png'}")
     assert output.count("interpolations between samples") == 1
@@ -134,7 +134,7 @@ def test_compiled_samples_equal_eager_samples(monkeypatch: pytest.MonkeyPatch, t
     assert compiled is not None
     assert eager.std() > 5
     assert np.abs(eager.astype(int) - compiled).max() <= 1
-    assert list(tmp_path.glob("**/*.so"))  # it was compiled
+    assert list(tmp_path.glob("**/*.so"))  # the code was compiled
 
 
 def test_prior_is_selectable_and_printed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +168,7 @@ def test_interpolations_start_and_end_at_samples(run: Path, tmp_path: Path) -> N
 def test_interpolation_between_photos_starts_and_ends_at_their_reconstructions(run: Path, tmp_path: Path) -> None:
     from conftest import discs
 
-    wide = np.zeros((96, 130, 3), np.uint8)  # is center-cropped
+    wide = np.zeros((96, 130, 3), np.uint8)  # center-cropped
     wide[:, 17:113] = discs(2, 5)[0]
     exif = Image.Exif()
     exif[0x0112] = 6  # stored rotated by 90 degrees
@@ -220,7 +220,7 @@ def test_neighbours_are_nearest_training_images(run: Path, shards: Path, tmp_pat
     assert not torch.allclose(rows[0], rows[2], atol=1e-2)
 
 
-def test_gif_animates_the_samples_of_training(run: Path, tmp_path: Path) -> None:
+def test_gif_animates_the_sample_grids_of_training(run: Path, tmp_path: Path) -> None:
     main([f"--run={run}", "--num=1", f"--out={tmp_path / 'x.png'}", f"--gif={tmp_path / 'x.gif'}", "--grid=1"])
     with Image.open(tmp_path / "x.gif") as animation:
         assert animation.n_frames == len(list((run / "samples").glob("samples_*.png"))) == 2

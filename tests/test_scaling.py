@@ -1,4 +1,4 @@
-"""Predictions of speed on many GPUs follow the formula, and two processes here are measured beside them."""
+"""Predicted scaling efficiency, compared with closed forms, and the measurement of two processes."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import two_processes
 from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
-from scaling import Cluster, Job, Link, exchange, latest, main, predict
+from scaling import Cluster, Job, Link, all_reduce_seconds, expected_maximum, main, predict
 
 from vae_scale.config.parsing import parse
 
@@ -22,13 +22,12 @@ SCALING = ROOT / "launch" / "SCALING.md"
 
 instant = Link(math.inf, 0.0)
 links = st.builds(Link, st.floats(1e8, 1e12), st.floats(0, 1e-3))
-shares = st.floats(0, 1)
 clusters = st.builds(
     Cluster,
     st.sampled_from([1, 2, 8]),
     links,
     links,
-    shares,
+    st.floats(0, 1),
     st.floats(10, 1e6),
     st.one_of(st.just(math.inf), st.floats(1e6, 1e12)),
 )
@@ -44,20 +43,20 @@ jobs = st.builds(
 numbers = st.sampled_from(scaling.GPUS)
 
 
-def test_a_ring_within_a_machine_computed_by_hand() -> None:
+def test_all_reduce_within_a_node_equals_the_ring_formula() -> None:
     cluster = Cluster(4, Link(1e9, 1e-5), instant)
-    # 2 * 3 messages of each of 2 parts, and in each direction 3 quarters of 8 MB: 2 * 6 * 10 us + 2 * 6 ms.
-    assert exchange(4, 8e6, 2, cluster) == pytest.approx(2 * 6 * 1e-5 + 2 * 6e-3)
+    # 2 * 3 steps of 2 messages each, and 3/4 of 8 MB for each of reduce-scatter and all-gather: 2 * 6 * 10 us + 2 * 6 ms.
+    assert all_reduce_seconds(4, 8e6, 2, cluster) == pytest.approx(2 * 6 * 1e-5 + 2 * 6e-3)
 
 
-def test_machines_of_one_gpu_need_twice_the_logarithm_of_their_number_in_messages() -> None:
+def test_all_reduce_across_nodes_takes_a_logarithmic_number_of_messages() -> None:
     cluster = Cluster(1, instant, Link(1e9, 1e-5))
-    assert exchange(8, 8e6, 1, cluster) == pytest.approx(2 * 3 * 1e-5 + 2 * 7 / 8 * 8e-3)
+    assert all_reduce_seconds(8, 8e6, 1, cluster) == pytest.approx(2 * 3 * 1e-5 + 2 * 7 / 8 * 8e-3)
 
 
-def test_a_step_computed_by_hand() -> None:
+def test_a_step_with_four_buckets_equals_the_closed_form() -> None:
     cluster = Cluster(2, Link(1e9, 0.0), instant, overlap=1.0)
-    # Four buckets take 25 MiB / 1 GB/s each. The backward pass of 60 ms hides two of them and a part of the third.
+    # Four buckets take 25 MiB / 1 GB/s each. The backward pass of 60 ms hides two buckets and part of the third.
     prediction = predict(2, Job(0.09, 16, 4 * scaling.BUCKET), cluster)
     bucket = scaling.BUCKET / 1e9
     assert prediction.exchange_seconds == pytest.approx(4 * bucket)
@@ -75,7 +74,7 @@ def test_efficiency_is_between_0_and_1(job: Job, cluster: Cluster, gpus: int) ->
 
 
 @given(jobs, clusters)
-def test_one_gpu_is_slowed_only_by_a_slow_loader(job: Job, cluster: Cluster) -> None:
+def test_a_single_gpu_is_limited_only_by_data_loading(job: Job, cluster: Cluster) -> None:
     alone = predict(1, job, replace(cluster, loader=math.inf, storage=math.inf))
     assert alone.efficiency == 1.0
     assert alone.limit == "-"
@@ -85,10 +84,12 @@ def test_one_gpu_is_slowed_only_by_a_slow_loader(job: Job, cluster: Cluster) -> 
 
 
 @given(jobs, clusters, numbers, st.floats(1, 100))
-def test_more_to_exchange_or_slower_links_never_help(job: Job, cluster: Cluster, gpus: int, factor: float) -> None:
+def test_larger_gradients_and_slower_links_never_reduce_the_step_time(
+    job: Job, cluster: Cluster, gpus: int, factor: float
+) -> None:
     seconds = predict(gpus, job, cluster).step_seconds
-    more = replace(job, gradient_bytes=math.ceil(factor * job.gradient_bytes))
-    assert predict(gpus, more, cluster).step_seconds >= seconds * (1 - 1e-9)
+    larger = replace(job, gradient_bytes=math.ceil(factor * job.gradient_bytes))
+    assert predict(gpus, larger, cluster).step_seconds >= seconds * (1 - 1e-9)
     for name in ("link", "network"):
         link = getattr(cluster, name)
         slower = replace(cluster, **{name: Link(link.bytes_per_second / factor, link.seconds)})
@@ -96,12 +97,12 @@ def test_more_to_exchange_or_slower_links_never_help(job: Job, cluster: Cluster,
 
 
 @given(jobs, numbers)
-def test_without_costs_a_step_takes_as_long_as_on_one_gpu(job: Job, gpus: int) -> None:
+def test_efficiency_is_1_with_instant_communication(job: Job, gpus: int) -> None:
     prediction = predict(gpus, replace(job, draw_seconds=0.0, deviation=0.0), Cluster(8, instant, instant))
     assert prediction.efficiency == 1.0
 
 
-def test_each_machine_reads_all_shards_unless_there_are_streams() -> None:
+def test_streams_reduce_the_data_read_by_each_node() -> None:
     cluster = Cluster(8, instant, instant, storage=1e9)
     job = Job(1e-3, 100, 1)
     read = 1024 * 100 * 96 * 96 * 3 / 1e9
@@ -110,24 +111,24 @@ def test_each_machine_reads_all_shards_unless_there_are_streams() -> None:
     assert predict(1024, job, cluster).limit == "storage"
 
 
-def test_the_latest_of_many() -> None:
-    assert latest(1) == 0
-    assert latest(2) == pytest.approx(1 / math.sqrt(math.pi), abs=0.03)
-    assert latest(1000) == pytest.approx(3.241, abs=0.02)
+def test_expected_maximum_of_normal_samples() -> None:
+    assert expected_maximum(1) == 0
+    assert expected_maximum(2) == pytest.approx(1 / math.sqrt(math.pi), abs=0.03)
+    assert expected_maximum(1000) == pytest.approx(3.241, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["demo", "small"])
-def test_sizes_are_those_of_the_network(name: str) -> None:
+def test_size_matches_the_model(name: str) -> None:
     from vae_scale.models.networks import build_model
 
     config = parse([f"--config={ROOT / 'configs' / name}.yaml"])[0]
     size, model = scaling.size(config), build_model(config.model, 96)
-    assert size.parameters == sum(part.numel() for part in model.parameters() if part.requires_grad)
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert size.latents == math.prod(model.latent_shape)
     assert size.flops > 3 * 96 * 96
 
 
-def test_the_tables_of_the_document_are_what_their_commands_print(
+def test_tables_in_the_documentation_match_the_output_of_their_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -159,7 +160,7 @@ def test_invalid_options_are_reported_in_one_line(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_two_processes_are_measured_beside_two_alone(
+def test_two_processes_are_measured_together_and_alone(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(two_processes, "SECONDS", 0.1)

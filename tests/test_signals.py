@@ -14,9 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import TINY
 
-from launch import command, environment, train
+from launch import command, environment, train, train_options
 from vae_scale.runtime import checkpoint
 from vae_scale.runtime.signals import DELAY_STEPS, SignalHandler
 from vae_scale.tracking.tracker import METRICS, JsonlWriter
@@ -24,9 +23,9 @@ from vae_scale.tracking.tracker import METRICS, JsonlWriter
 SHUTDOWN_SECONDS = 25  # a launcher kills its processes after 30
 
 
-def train_options(shards: Path, run: Path, *more: str) -> list[str]:
-    longer = ["--train.images=1000000", "--checkpoint.every=1000000", "--evaluate.every=1000000", "--train.log_every=1"]
-    return [f"--data.shards={shards}", f"--run={run}", *TINY, "--track.tracker=none", *longer, *more]
+def long_run_options(shards: Path, run: Path, *more: str) -> list[str]:
+    long_run = ("--train.images=1000000", "--checkpoint.every=1000000", "--evaluate.every=1000000", "--train.log_every=1")
+    return train_options(shards, run, *long_run, *more)
 
 
 @contextmanager
@@ -39,8 +38,8 @@ def start_training(processes: int, run: Path, *options: str) -> Iterator[subproc
         assert process.poll() is None, process.communicate()[0]
         yield process
     finally:
-        for each in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
-            each.kill()
+        for child in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
+            child.kill()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -56,9 +55,11 @@ def count_metrics(run: Path) -> int:
 
 
 def find_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes below a launcher, by rank."""
-    children = [each for each in psutil.Process(process.pid).children(recursive=True) if "LOCAL_RANK" in each.environ()]
-    return sorted((each for each in children if "vae_scale.train" in each.cmdline()), key=lambda each: each.environ()["RANK"])
+    """Returns the training processes of a launcher in rank order."""
+    children = [child for child in psutil.Process(process.pid).children(recursive=True) if "LOCAL_RANK" in child.environ()]
+    return sorted(
+        (child for child in children if "vae_scale.train" in child.cmdline()), key=lambda child: child.environ()["RANK"]
+    )
 
 
 def newest_images_seen(run: Path) -> int:
@@ -68,7 +69,7 @@ def newest_images_seen(run: Path) -> int:
 
 
 def test_sigterm_saves_and_the_next_run_resumes(shards: Path, tmp_path: Path) -> None:
-    options = train_options(shards, tmp_path)
+    options = long_run_options(shards, tmp_path)
     with start_training(1, tmp_path, *options) as process:
         process.terminate()
         output, _ = process.communicate(timeout=SHUTDOWN_SECONDS)
@@ -83,7 +84,7 @@ def test_sigterm_saves_and_the_next_run_resumes(shards: Path, tmp_path: Path) ->
 
 
 def test_signal_to_one_rank_stops_all_ranks_at_the_same_step(shards: Path, tmp_path: Path) -> None:
-    with start_training(2, tmp_path, *train_options(shards, tmp_path)) as process:
+    with start_training(2, tmp_path, *long_run_options(shards, tmp_path)) as process:
         rank_1 = find_workers(process)[1]
         rank_1.send_signal(signal.SIGUSR1)
         output, _ = process.communicate(timeout=SHUTDOWN_SECONDS)
@@ -93,7 +94,7 @@ def test_signal_to_one_rank_stops_all_ranks_at_the_same_step(shards: Path, tmp_p
 
 
 def test_sigterm_to_the_launcher_saves_a_checkpoint(shards: Path, tmp_path: Path) -> None:
-    with start_training(2, tmp_path, *train_options(shards, tmp_path)) as process:
+    with start_training(2, tmp_path, *long_run_options(shards, tmp_path)) as process:
         process.terminate()
         output, _ = process.communicate(timeout=SHUTDOWN_SECONDS + 10)
     assert f"{newest_images_seen(tmp_path):,} images: stopped by a signal" in output
@@ -102,13 +103,13 @@ def test_sigterm_to_the_launcher_saves_a_checkpoint(shards: Path, tmp_path: Path
 
 def test_ctrl_c_saves_and_a_second_one_stops_immediately(shards: Path, tmp_path: Path) -> None:
     once, twice = tmp_path / "once", tmp_path / "twice"
-    with start_training(1, once, *train_options(shards, once)) as process:
+    with start_training(1, once, *long_run_options(shards, once)) as process:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=SHUTDOWN_SECONDS)
     assert process.returncode == 0, output
     assert newest_images_seen(once) > 0
     assert not (once / "requeue.json").exists()
-    with start_training(1, twice, *train_options(shards, twice, "--train.batch_size=150")) as process:  # slow steps
+    with start_training(1, twice, *long_run_options(shards, twice, "--train.batch_size=150")) as process:  # slow steps
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None
         for line in process.stdout:
@@ -121,13 +122,13 @@ def test_ctrl_c_saves_and_a_second_one_stops_immediately(shards: Path, tmp_path:
 
 
 def test_second_run_in_the_same_folder_is_refused(shards: Path, tmp_path: Path) -> None:
-    options = train_options(shards, tmp_path)
+    options = long_run_options(shards, tmp_path)
     with start_training(1, tmp_path, *options):
         other = subprocess.run(command(1, *options), env=environment(), capture_output=True, text=True)
         assert other.returncode == 2
         assert f"error: {tmp_path}: is being trained by another process" in other.stderr
-        reached = count_metrics(tmp_path)
-        wait_for(lambda: count_metrics(tmp_path) > reached)
+        logged = count_metrics(tmp_path)
+        wait_for(lambda: count_metrics(tmp_path) > logged)
 
 
 def test_all_ranks_stop_at_the_same_step() -> None:
@@ -146,7 +147,7 @@ def test_all_ranks_stop_at_the_same_step() -> None:
 
 
 def test_metrics_are_written_after_a_full_disk_was_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", io.StringIO())  # pytest's is a file, too
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # pytest replaces it with a file, to which the limit applies
     metrics = JsonlWriter(tmp_path / METRICS, 0)
     metrics.write({"images": 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

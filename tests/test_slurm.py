@@ -1,4 +1,4 @@
-"""A real SLURM with two nodes on this machine: preemption and cancellation of a job."""
+"""Preemption and cancellation of a job on a SLURM cluster with two nodes on this machine."""
 
 import json
 import os
@@ -93,9 +93,9 @@ class Cluster:
     def submit(self, *training: str) -> str:
         """Submits launch/slurm.sbatch to train in the folder `run` and returns the job id."""
         arguments = ["--parsable", "--partition=main", "--nodes=2", "launch/slurm.sbatch", "--run=run", *training]
-        ran = self.command("sbatch", *arguments)
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout.strip()
+        result = self.command("sbatch", *arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
 
     def job(self, job_id: str) -> dict[str, str]:
         """Returns the properties of a job, which must not have failed."""
@@ -134,9 +134,9 @@ def test_preempted_job_requeues_itself_and_ends_bit_identical(shards: Path, tmp_
     assert stopped < 3600
     assert checkpoint.images_seen_at(cluster.saved(job)[-1]) == stopped
     cluster.wait_for(lambda: cluster.job(job)["Restarts"] == "1" and cluster.is_idle())
-    # SLURM would wait for two minutes. Below a few seconds, nodes confuse the new start with the old one.
+    # By default, a requeued job starts after two minutes. Within a few seconds, nodes confuse it with the first start.
     cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now+5")
-    train(2, *options, f"--run={tmp_path / 'whole'}")
+    train(2, *options, f"--run={tmp_path / 'uninterrupted'}")
     cluster.wait_for(lambda: cluster.job(job)["JobState"] == "COMPLETED")
 
     assert cluster.job(job)["Restarts"] == "1"
@@ -145,7 +145,7 @@ def test_preempted_job_requeues_itself_and_ends_bit_identical(shards: Path, tmp_
     output = "".join(path.read_text() for path in logs.iterdir())
     assert "stopped by a signal" in output
     assert f"resuming run at {stopped:,} images" in output
-    folders = [checkpoint.list_checkpoints(run)[-1] for run in (cluster.run, tmp_path / "whole")]
+    folders = [checkpoint.list_checkpoints(run)[-1] for run in (cluster.run, tmp_path / "uninterrupted")]
     assert [checkpoint.images_seen_at(folder) for folder in folders] == [3600, 3600]
     assert json.loads((folders[0] / "state.json").read_text())["processes"] == 2
     for part in ("model", "ema", "optimizer"):

@@ -41,11 +41,11 @@ def take(stream: Stream, count: int) -> list[Batch]:
     return [Batch(batch.images.clone(), batch.rows) for batch in islice(stream, count)]
 
 
-def equal(first: list[Batch], second: list[Batch]) -> bool:
+def batches_equal(first: list[Batch], second: list[Batch]) -> bool:
     return all(torch.equal(a.images, b.images) and np.array_equal(a.rows, b.rows) for a, b in zip(first, second, strict=True))
 
 
-def test_batches_are_the_planned_images(train_set: ShardSet, pixels: Images) -> None:
+def test_batches_contain_the_planned_images(train_set: ShardSet, pixels: Images) -> None:
     stream = Stream(train_set, 16, seed=3)
     rows = []
     for batch in take(stream, 20):
@@ -55,11 +55,11 @@ def test_batches_are_the_planned_images(train_set: ShardSet, pixels: Images) -> 
     assert sorted(rows[: len(train_set)]) == list(range(len(train_set)))
 
 
-def test_two_ranks_share_the_batches_of_one(train_set: ShardSet) -> None:
+def test_two_ranks_read_the_batches_of_a_single_rank(train_set: ShardSet) -> None:
     expected = take(Stream(train_set, 16, seed=3), 12)
     halves = [take(Stream(train_set, 16, seed=3, rank=rank, world_size=2), 12) for rank in (0, 1)]
     joined = [Batch(torch.cat([a.images, b.images]), np.concatenate([a.rows, b.rows])) for a, b in zip(*halves, strict=True)]
-    assert equal(joined, expected)
+    assert batches_equal(joined, expected)
 
 
 def test_a_stream_resumes_exactly(train_set: ShardSet) -> None:
@@ -68,11 +68,11 @@ def test_a_stream_resumes_exactly(train_set: ShardSet) -> None:
     assert state == {"images_seen": 7 * 16}
     second = Stream(train_set, 16, seed=3, window=2)
     second.load_state_dict(state)
-    assert equal(before + take(second, 8), take(Stream(train_set, 16, seed=3, window=2), 15))
+    assert batches_equal(before + take(second, 8), take(Stream(train_set, 16, seed=3, window=2), 15))
 
 
 def test_device_cache_gives_the_same_batches(train_set: ShardSet) -> None:
-    assert equal(take(Stream(train_set, 16, seed=3, cache="device"), 12), take(Stream(train_set, 16, seed=3), 12))
+    assert batches_equal(take(Stream(train_set, 16, seed=3, cache="device"), 12), take(Stream(train_set, 16, seed=3), 12))
 
 
 @pytest.mark.parametrize("encoding", ["png", "webp"])
@@ -141,7 +141,7 @@ def test_a_program_can_exit_while_a_stream_is_open(shards: Path) -> None:
     assert (process.returncode, process.stdout, process.stderr) == (0, "read\n", "")
 
 
-def test_a_deleted_shard_is_named_in_the_error(shards: Path, tmp_path: Path) -> None:
+def test_error_names_a_deleted_shard(shards: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     stream = Stream(ShardSet.open(copy).select("train"), 16, seed=3)
@@ -197,16 +197,16 @@ def test_located_rows_stay_in_memory_after_their_shards_are_released(shards: Pat
             available.wait()
             return super().open(shard)
 
-    rows, located = np.arange(20), []
+    rows, addresses = np.arange(20), []
     with Reader(replace(ShardSet.open(shards).select("train"), storage=SlowStorage(shards))) as reader:
         reader.prefetch([0])
-        thread = threading.Thread(target=lambda: located.append(reader.locate(rows)))
+        thread = threading.Thread(target=lambda: addresses.append(reader.locate(rows)))
         thread.start()
-        threading.Event().wait(0.2)  # the thread waits for the shard
+        threading.Event().wait(0.2)  # lets the thread wait for the shard
         reader.prefetch([])
         available.set()
         thread.join()
     gc.collect()
     out = np.empty((20, 96, 96, 3), np.uint8)
-    located[0].copy(out)
+    addresses[0].copy(out)
     assert np.array_equal(out, pixels[rows])

@@ -19,10 +19,10 @@ MORE = ["--train.images=48", "--train.log_every=1", "--track.tracker=none", "--e
 
 def test_json_output_holds_all_records_of_the_files(shards: Path, tmp_path: Path) -> None:
     words = command(1, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, *MORE, "--log=json")
-    ran = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert not ran.stderr
-    printed = [json.loads(line) for line in ran.stdout.splitlines()]
+    completed = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
+    assert not completed.stderr
+    printed = [json.loads(line) for line in completed.stdout.splitlines()]
     for name in ("metrics.jsonl", "events.jsonl"):
         lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         assert lines
@@ -54,18 +54,18 @@ def test_progress_bar_shows_loss_throughput_loading_and_remaining_time(shards: P
 
 def test_status_lines_replace_the_bar_if_the_output_is_a_file(shards: Path, tmp_path: Path) -> None:
     words = command(1, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, *MORE)
-    ran = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert "\r" not in ran.stdout + ran.stderr
-    assert f"{tmp_path} 12 of 48 images, " in ran.stderr
-    assert re.search(r"images/s, loading [\d.]+%, \d\d:\d\d left\n", ran.stderr)
+    completed = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
+    assert "\r" not in completed.stdout + completed.stderr
+    assert f"{tmp_path} 12 of 48 images, " in completed.stderr
+    assert re.search(r"images/s, loading [\d.]+%, \d\d:\d\d left\n", completed.stderr)
 
 
 def test_each_rank_prints_its_errors_with_its_rank(shards: Path, tmp_path: Path) -> None:
     words = command(2, f"--data.shards={shards}", f"--run={tmp_path}", *TINY, "--train.batch_size=13")
-    ran = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
-    assert ran.returncode != 0
-    errors = [line for line in ran.stderr.splitlines() if line.startswith(("error:", "rank "))]
+    completed = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert completed.returncode != 0
+    errors = [line for line in completed.stderr.splitlines() if line.startswith(("error:", "rank "))]
     assert errors
     assert all(re.match(r"rank [01]: error: train\.batch_size is 13; it must be a multiple of 2", line) for line in errors)
     assert len(errors) == len(set(errors))
@@ -84,7 +84,7 @@ def test_samples_are_written_at_powers_of_two_until_the_first_evaluation(shards:
 
 
 @pytest.mark.parametrize("value", ["text", "true", "null"])
-def test_other_values_of_log_are_user_errors(value: str) -> None:
+def test_invalid_values_of_log_are_user_errors(value: str) -> None:
     from vae_scale.config.parsing import parse
     from vae_scale.errors import UserError
 

@@ -16,7 +16,7 @@ from vae_scale.training.trainer import Trainer
 
 SNAPSHOT = Path(__file__).parent / "snapshots" / "workspace.json"
 # Metrics of runs with a discriminator, of the second stage, and of runs that skip corrupt shards.
-NOT_IN_THIS_RUN = {"train/discriminator_loss", "eval/velocity_error", "data/replaced_images"}
+NOT_LOGGED_METRICS = {"train/discriminator_loss", "eval/velocity_error", "data/replaced_images"}
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,14 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tracked") / "run"
     words = [f"--data.shards={shards}", f"--run={folder}", *TINY, "--track.tracker=wandb", "--track.artifacts=true"]
     for images in (48, 96):
-        ran = subprocess.run(
+        completed = subprocess.run(
             command(1, *words, f"--train.images={images}", "--train.log_every=1"),
             env=environment(WANDB_MODE="offline"),
             capture_output=True,
             text=True,
             timeout=120,
         )
-        assert ran.returncode == 0, ran.stderr
+        assert completed.returncode == 0, completed.stderr
     return folder
 
 
@@ -58,7 +58,7 @@ def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_wandb_uses_images_seen_as_step(records: list[dict[str, Any]]) -> None:
     metrics = records_of(records, "metric")
-    assert {(each["glob_name"], each["step_metric"]) for each in metrics} == {("*", "images")}
+    assert {(metric["glob_name"], metric["step_metric"]) for metric in metrics} == {("*", "images")}
     assert all("images" in item for item in history(records))
     assert [item["images"] for item in history(records) if "train/loss" in item] == list(range(12, 97, 12))
 
@@ -81,7 +81,7 @@ def test_kl_per_channel_is_logged_as_histogram(records: list[dict[str, Any]], ru
 
 
 def test_configuration_versions_and_shards_are_recorded(records: list[dict[str, Any]], shards: Path) -> None:
-    first, second = (each["config"]["update"] for each in records_of(records, "run"))
+    first, second = (record["config"]["update"] for record in records_of(records, "run"))
     assert first["optimizer"]["lr"] == 0.003
     assert first["train"]["images"] == 48
     assert second["train"]["images"] == 96
@@ -91,19 +91,19 @@ def test_configuration_versions_and_shards_are_recorded(records: list[dict[str, 
 
 
 def test_a_resumed_run_continues_the_wandb_run(records: list[dict[str, Any]]) -> None:
-    first, second = (each["run_id"] for each in records_of(records, "run"))
+    first, second = (record["run_id"] for record in records_of(records, "run"))
     assert first == second
 
 
 def test_checkpoints_and_the_manifest_of_the_shards_are_artifacts(records: list[dict[str, Any]]) -> None:
-    artifacts = [(each["type"], sorted(each["aliases"])) for each in records_of(records, "artifact")]
+    artifacts = [(record["type"], sorted(record["aliases"])) for record in records_of(records, "artifact")]
     assert ("model", ["images_000000048", "latest"]) in artifacts
     assert ("model", ["images_000000096", "latest"]) in artifacts
     assert ("dataset", ["index.json", "latest"]) in artifacts
 
 
 def test_wandb_sends_an_alert_when_a_run_finishes(records: list[dict[str, Any]]) -> None:
-    assert [(each["level"], each["text"]) for each in records_of(records, "alert")] == [
+    assert [(record["level"], record["text"]) for record in records_of(records, "alert")] == [
         ("INFO", "48 images: finished"),
         ("INFO", "96 images: finished"),
     ]
@@ -148,10 +148,10 @@ def visible_content(content: dict[str, Any]) -> list[Any]:
 
 
 def test_the_workspace_equals_the_snapshot(run: Path, tmp_path: Path) -> None:
-    dashboard([f"--run={run}", f"--json={tmp_path / 'sent.json'}"])
-    sent = json.loads((tmp_path / "sent.json").read_text())
-    assert sent["project"] == "vae_scale"
-    assert visible_content(sent) == json.loads(SNAPSHOT.read_text())
+    dashboard([f"--run={run}", f"--json={tmp_path / 'workspace.json'}"])
+    workspace = json.loads((tmp_path / "workspace.json").read_text())
+    assert workspace["project"] == "vae_scale"
+    assert visible_content(workspace) == json.loads(SNAPSHOT.read_text())
 
 
 def test_panels_show_all_logged_metrics(run: Path) -> None:
@@ -159,7 +159,7 @@ def test_panels_show_all_logged_metrics(run: Path) -> None:
     displayed = {name for panel in panels for name in (*panel.get("metrics", []), *panel.get("mediaKeys", []))}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = {name for line in lines for name in line} | {"samples/samples", "samples/reconstructions"}
-    assert displayed - logged <= NOT_IN_THIS_RUN
+    assert displayed - logged <= NOT_LOGGED_METRICS
     assert logged - displayed == {"images"}
     assert all(panel["xAxis"] == "images" for panel in panels if "metrics" in panel)
 
@@ -169,10 +169,12 @@ def test_saving_a_workspace_without_an_api_key_is_a_user_error(
 ) -> None:
     words = [sys.executable, "-m", "vae_scale.dashboard", f"--run={run}"]
     extra = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
-    ran = subprocess.run(words, env=environment(**extra), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
-    assert ran.returncode == 2
-    assert ran.stderr.splitlines()[-1].startswith("error: wandb: No API key configured")
-    assert "--json" in ran.stderr
+    completed = subprocess.run(
+        words, env=environment(**extra), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+    )
+    assert completed.returncode == 2
+    assert completed.stderr.splitlines()[-1].startswith("error: wandb: No API key configured")
+    assert "--json" in completed.stderr
     with pytest.raises(SystemExit):
         dashboard([f"--run={tmp_path}"])
     assert "holds no config.yaml" in capsys.readouterr().err

@@ -159,5 +159,5 @@ def test_rows_and_ratios_are_reported(
     assert report["ratios"]["over_fastest_peer"] == pytest.approx(step / fastest)
     assert report["ratios"]["over_notebook"] > 0
     printed = capsys.readouterr().out
-    assert "skipped diffusers: its AutoencoderKL is another network" in printed
+    assert "skipped diffusers: its AutoencoderKL is a different network" in printed
     assert "over_fastest_peer" in printed

@@ -1,4 +1,4 @@
-"""Training, in the processes that users launch."""
+"""Training with the commands that users run."""
 
 import json
 import platform
@@ -14,25 +14,21 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import COUNTS, TINY
+from conftest import COUNTS
 from safetensors.torch import load_file
 
-from launch import ACCELERATE, command, environment, losses, train
+from launch import ACCELERATE, command, environment, losses, train, train_in_process, train_options
 from vae_scale.config.parsing import parse
 from vae_scale.models.vae import VAE
 from vae_scale.runtime import checkpoint
 from vae_scale.training.trainer import Trainer
 
-IMAGES = COUNTS["train"] + COUNTS["unlabeled"]  # of an epoch
+IMAGES = COUNTS["train"] + COUNTS["unlabeled"]  # per epoch
 RECORD = str(Path(__file__).parent / "programs" / "record_rows.py")
 
 
-def options(shards: Path, run: Path, *more: object) -> list[str]:
-    return [f"--data.shards={shards}", f"--run={run}", *TINY, "--track.tracker=none", *map(str, more)]
-
-
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Everything in the newest checkpoint."""
+    """Returns all tensors of the newest checkpoint."""
     folder = checkpoint.newest_checkpoint(run)
     assert folder is not None
     return {
@@ -48,48 +44,42 @@ def state(run: Path) -> dict[str, object]:
     return json.loads((folder / "state.json").read_text())
 
 
-def train_in_process(*words: str) -> Trainer:
-    trainer = Trainer(parse(list(words))[0])
-    trainer.run()
-    return trainer
-
-
-def test_two_processes_share_an_epoch_have_the_same_weights_and_resume_after_a_kill(shards: Path, tmp_path: Path) -> None:
-    run, diary = tmp_path / "run", tmp_path / "diary"
-    diary.mkdir()
-    words = options(shards, run, f"--train.images={3 * IMAGES}", "--train.batch_size=30", "--checkpoint.every=30")
-    launch = command(2, *words, program=RECORD)
-    process = subprocess.Popen(launch, env=environment(RECORD_DIR=str(diary)), stderr=subprocess.DEVNULL)
+def test_two_processes_split_each_epoch_hold_identical_weights_and_resume_after_a_kill(shards: Path, tmp_path: Path) -> None:
+    run, record_dir = tmp_path / "run", tmp_path / "records"
+    record_dir.mkdir()
+    options = train_options(shards, run, f"--train.images={3 * IMAGES}", "--train.batch_size=30", "--checkpoint.every=30")
+    launch = command(2, *options, program=RECORD)
+    process = subprocess.Popen(launch, env=environment(RECORD_DIR=str(record_dir)), stderr=subprocess.DEVNULL)
     while process.poll() is None and len(checkpoint.list_checkpoints(run)) < 3:
         time.sleep(0.05)
     # Each worker runs in its own session and is killed separately.
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        child.kill()
     process.wait()
-    reached = state(run)
-    assert 90 <= reached["images_seen"] < 3 * IMAGES  # type: ignore[operator]
+    interrupted = state(run)
+    assert 90 <= interrupted["images_seen"] < 3 * IMAGES  # type: ignore[operator]
 
-    first = {path.name: path.read_text() for path in diary.iterdir()}
-    assert set(first) == {"rank_0_of_2.jsonl", "rank_1_of_2.jsonl"}
-    for path in diary.iterdir():
+    first_records = {path.name: path.read_text() for path in record_dir.iterdir()}
+    assert set(first_records) == {"rank_0_of_2.jsonl", "rank_1_of_2.jsonl"}
+    for path in record_dir.iterdir():
         path.unlink()
-    output = train(2, *words, program=RECORD, RECORD_DIR=str(diary))
-    assert f"resuming {run} at {reached['images_seen']:,} images" in output, output
+    output = train(2, *options, program=RECORD, RECORD_DIR=str(record_dir))
+    assert f"resuming {run} at {interrupted['images_seen']:,} images" in output, output
 
-    ended = state(run)
-    assert ended["images_seen"] == 3 * IMAGES
-    assert ended["processes"] == 2
-    weights = ended["fingerprints"]
+    final = state(run)
+    assert final["images_seen"] == 3 * IMAGES
+    assert final["processes"] == 2
+    weights = final["fingerprints"]
     assert isinstance(weights, list)
     assert len(weights) == 2
     assert weights[0] == weights[1]
 
-    # What each rank was given before the kill (up to the checkpoint) and after it is every epoch exactly once.
+    # The rows read before the kill (up to the checkpoint) and after it cover each epoch exactly once.
     seen: list[list[list[int]]] = []
     for rank in (0, 1):
         name = f"rank_{rank}_of_2.jsonl"
-        before = [json.loads(line) for line in first[name].splitlines()][: reached["images_seen"] // 30]  # type: ignore[operator]
-        seen.append(before + [json.loads(line) for line in (diary / name).read_text().splitlines()])
+        before = [json.loads(line) for line in first_records[name].splitlines()][: interrupted["images_seen"] // 30]  # type: ignore[operator]
+        seen.append(before + [json.loads(line) for line in (record_dir / name).read_text().splitlines()])
         assert all(len(rows) == 15 for rows in seen[rank])
     order = [row for halves in zip(*seen, strict=True) for rows in halves for row in rows]
     for epoch in range(3):
@@ -98,77 +88,74 @@ def test_two_processes_share_an_epoch_have_the_same_weights_and_resume_after_a_k
 
 def test_losses_do_not_depend_on_the_number_of_processes_or_microbatches(shards: Path, tmp_path: Path) -> None:
     common = ("--train.images=120", "--train.log_every=1")
-    train(1, *options(shards, tmp_path / "one", *common))
-    train(2, *options(shards, tmp_path / "two", *common, "--train.gradient_accumulation_steps=3"))
-    train_in_process(*options(shards, tmp_path / "pieces", *common, "--train.gradient_accumulation_steps=4"))
-    one, two, pieces = (losses(tmp_path / name) for name in ("one", "two", "pieces"))
-    assert set(one) == set(two) == set(pieces) == set(range(12, 121, 12))
+    train(1, *train_options(shards, tmp_path / "one", *common))
+    train(2, *train_options(shards, tmp_path / "two", *common, "--train.gradient_accumulation_steps=3"))
+    train_in_process(*train_options(shards, tmp_path / "microbatches", *common, "--train.gradient_accumulation_steps=4"))
+    one, two, microbatches = (losses(tmp_path / name) for name in ("one", "two", "microbatches"))
+    assert set(one) == set(two) == set(microbatches) == set(range(12, 121, 12))
     for images, loss in one.items():
         assert two[images] == pytest.approx(loss, rel=1e-4)
-        assert pieces[images] == pytest.approx(loss, rel=1e-4)
+        assert microbatches[images] == pytest.approx(loss, rel=1e-4)
 
 
-def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(shards: Path, tmp_path: Path) -> None:
-    words = ("--train.images=180", "--train.log_every=1", "--checkpoint.every=60", "--optimizer.warmup_images=50")
-    train_in_process(*options(shards, tmp_path / "whole", *words))
-    broken = train_in_process(*options(shards, tmp_path / "broken", *words))
-    for folder in checkpoint.list_checkpoints(tmp_path / "broken")[1:]:
-        (folder / "model.safetensors").write_bytes(b"torn")  # so that it resumes from the first
-    del broken
-    train_in_process(*options(shards, tmp_path / "broken", *words))
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
-    whole, again = tensors(tmp_path / "whole"), tensors(tmp_path / "broken")
-    assert whole.keys() == again.keys()
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+def test_resumed_run_is_bit_identical_to_an_uninterrupted_run(shards: Path, tmp_path: Path) -> None:
+    options = ("--train.images=180", "--train.log_every=1", "--checkpoint.every=60", "--optimizer.warmup_images=50")
+    train_in_process(*train_options(shards, tmp_path / "uninterrupted", *options))
+    train_in_process(*train_options(shards, tmp_path / "resumed", *options))
+    for folder in checkpoint.list_checkpoints(tmp_path / "resumed")[1:]:
+        (folder / "model.safetensors").write_bytes(b"damaged")  # resumes from the first checkpoint
+    train_in_process(*train_options(shards, tmp_path / "resumed", *options))
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "uninterrupted")
+    uninterrupted, resumed = tensors(tmp_path / "uninterrupted"), tensors(tmp_path / "resumed")
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
-def test_training_improves_the_held_out_elbo_by_a_real_margin(shards: Path, tmp_path: Path) -> None:
-    words = options(shards, tmp_path, "--train.images=1200", "--evaluate.every=120", "--train.batch_size=6")
-    trainer = train_in_process(*words)
+def test_training_improves_the_held_out_elbo(shards: Path, tmp_path: Path) -> None:
+    options = train_options(shards, tmp_path, "--train.images=1200", "--evaluate.every=120", "--train.batch_size=6")
+    trainer = train_in_process(*options)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if "eval/neg_elbo" in line]
     assert evaluations[-1]["eval/neg_elbo"] < evaluations[0]["eval/neg_elbo"] - 3000
     assert evaluations[-1]["eval/psnr"] > evaluations[0]["eval/psnr"] + 1.5
     assert trainer.ema.model.mixture is not None
-    pictures = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert "samples_000001200.png" in pictures
-    assert "reconstructions_000001200.png" in pictures
+    image_names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert "samples_000001200.png" in image_names
+    assert "reconstructions_000001200.png" in image_names
 
 
-def test_the_mixture_is_fitted_for_checkpoints_and_samples_are_drawn_only_from_a_current_one(
-    shards: Path, tmp_path: Path
-) -> None:
-    words = options(shards, tmp_path, "--train.images=96", "--evaluate.every=24", "--checkpoint.every=48")
-    trainer = Trainer(parse(words)[0])
+def test_mixture_is_fitted_for_each_checkpoint_and_samples_use_an_up_to_date_mixture(shards: Path, tmp_path: Path) -> None:
+    options = train_options(shards, tmp_path, "--train.images=96", "--evaluate.every=24", "--checkpoint.every=48")
+    trainer = Trainer(parse(options)[0])
     fitted: list[int] = []
     fit = trainer.stage.fit_mixture
 
-    def counted(*args: Any) -> None:
+    def record_fit(*args: Any) -> None:
         fitted.append(trainer.images_seen)
         fit(*args)
 
-    trainer.stage.fit_mixture = counted  # type: ignore[method-assign]
+    trainer.stage.fit_mixture = record_fit  # type: ignore[method-assign]
     trainer.run()
     assert fitted == [48, 96]
-    pictures = sorted(path.stem for path in (tmp_path / "samples").iterdir())
-    assert pictures == [
+    image_names = sorted(path.stem for path in (tmp_path / "samples").iterdir())
+    assert image_names == [
         *(f"reconstructions_{images:09d}" for images in (24, 48, 72, 96)),
         *(f"samples_{images:09d}" for images in (48, 96)),
     ]
     assert all((folder / "mixture.safetensors").exists() for folder in checkpoint.list_checkpoints(tmp_path))
 
 
-def test_stl10_configurations_keep_eight_gpus_busy() -> None:
+def test_stl10_configurations_use_eight_gpus_efficiently() -> None:
     folder = Path(__file__).parent.parent / "configs"
     for name in ("stl10", "stl10_large", "stl10_prior"):
         config = parse([f"--config={folder / name}.yaml"])[0]
         assert config.train.global_batch_size // 8 >= 128
-        # An evaluation may take as long as training on 2% of the images from one to the next. On eight GPUs it takes about as
-        # long as training on 40,000 images (a second at 5,000 images/s each).
+        # Evaluations may take at most 2% of the time between them. On eight GPUs, an evaluation takes as long as training on
+        # about 40,000 images (one second at 5,000 images/s per GPU).
         assert min(config.evaluate.every, config.checkpoint.every) * 0.02 > 40_000
 
 
-# Recorded. A change that is not meant to move numbers must not move these; rounding differs between machines.
+# Recorded losses. The tolerance allows for rounding, which differs between machines.
 GOLDEN = {
     "gaussian": [152191.7, 152799.2, 152956.0, 152885.5, 154273.5],
     "laplace": [155261.0, 156367.7, 156434.8, 156428.7, 157706.5],
@@ -180,13 +167,13 @@ GOLDEN = {
 
 @pytest.mark.parametrize("likelihood", GOLDEN)
 def test_golden_losses(shards: Path, tmp_path: Path, likelihood: str) -> None:
-    words = (
+    options = (
         "--train.images=60",
         "--train.log_every=1",
         f"--model.likelihood={likelihood}",
         "--objective.beta_warmup_images=30",
     )
-    train_in_process(*options(shards, tmp_path, *words))
+    train_in_process(*train_options(shards, tmp_path, *options))
     assert list(losses(tmp_path).values()) == pytest.approx(GOLDEN[likelihood], rel=2e-4)
 
 
@@ -215,18 +202,18 @@ GOLDEN_NETWORKS = {
 
 
 @pytest.mark.parametrize("network", GOLDEN_NETWORKS, ids=lambda network: network[0].split("=")[1])
-def test_golden_losses_of_the_other_networks(shards: Path, tmp_path: Path, network: tuple[str, ...]) -> None:
-    train_in_process(*options(shards, tmp_path, "--train.images=60", "--train.log_every=1", *network))
+def test_golden_losses_of_other_networks(shards: Path, tmp_path: Path, network: tuple[str, ...]) -> None:
+    train_in_process(*train_options(shards, tmp_path, "--train.images=60", "--train.log_every=1", *network))
     assert list(losses(tmp_path).values()) == pytest.approx(GOLDEN_NETWORKS[network], rel=2e-4)
     folder = checkpoint.newest_checkpoint(tmp_path)
     assert folder is not None
     assert VAE.from_pretrained(folder, "ema.safetensors").sample(2).shape == (2, 3, 96, 96)
 
 
-def test_the_seed_notebooks_vae_trains_here(shards: Path, tmp_path: Path) -> None:
+def test_seed_notebook_config_reduces_the_loss(shards: Path, tmp_path: Path) -> None:
     config = Path(__file__).parent.parent / "configs" / "seed_notebook.yaml"
-    words = [f"--config={config}", f"--data.shards={shards}", f"--run={tmp_path}", "--track.tracker=none"]
-    trainer = Trainer(parse([*words, "--train.batch_size=10"])[0])
+    options = [f"--config={config}", f"--data.shards={shards}", f"--run={tmp_path}", "--track.tracker=none"]
+    trainer = Trainer(parse([*options, "--train.batch_size=10"])[0])
     step_losses = []
     for batch in islice(trainer.stream, 12):
         trainer.train_step(batch)
@@ -234,10 +221,10 @@ def test_the_seed_notebooks_vae_trains_here(shards: Path, tmp_path: Path) -> Non
     assert sum(step_losses[-3:]) < sum(step_losses[:3])
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
-def test_a_step_on_a_cpu_reuses_the_memory_of_the_previous_step(shards: Path, tmp_path: Path) -> None:
-    words = options(shards, tmp_path, "--train.images=1000000", "--train.log_every=1000", "--evaluate.early=false")
-    trainer = Trainer(parse(words)[0])
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="requires glibc")
+def test_cpu_step_reuses_the_memory_of_the_previous_step(shards: Path, tmp_path: Path) -> None:
+    options = train_options(shards, tmp_path, "--train.images=1000000", "--train.log_every=1000", "--evaluate.early=false")
+    trainer = Trainer(parse(options)[0])
     with closing(trainer.batches()) as batches, trainer.progress_bar():
         for batch in islice(batches, 20):
             trainer.train_iteration(batch)
@@ -245,73 +232,77 @@ def test_a_step_on_a_cpu_reuses_the_memory_of_the_previous_step(shards: Path, tm
         for batch in islice(batches, 20):
             trainer.train_iteration(batch)
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
-    assert faults < 300  # pages; 1,700 where memory is given back
+    assert faults < 300  # pages; 1,700 if memory is returned to the system
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "sample", "encode"])
-def test_the_silent_single_process_launch_is_refused(shards: Path, tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize("program", ["train", "evaluate", "sample", "encode"])
+def test_the_silent_single_process_launch_is_refused(shards: Path, tmp_path: Path, program: str) -> None:
     run_option = [f"--run={tmp_path / 'run'}"]
     arguments = {
-        "train": options(shards, tmp_path / "run"),
+        "train": train_options(shards, tmp_path / "run"),
         "evaluate": [],
         "sample": ["--num=2", "--out=x.png"],
         "encode": ["--out=x"],
     }
-    words = arguments[verb] if verb == "train" else [*run_option, *arguments[verb]]
-    words = ["--cpu", "--num_processes=2", "-m", f"vae_scale.{verb}", *words]
-    run = subprocess.run([*ACCELERATE, *words], env=environment(), capture_output=True, text=True)
+    options = arguments[program] if program == "train" else [*run_option, *arguments[program]]
+    options = ["--cpu", "--num_processes=2", "-m", f"vae_scale.{program}", *options]
+    run = subprocess.run([*ACCELERATE, *options], env=environment(), capture_output=True, text=True)
     assert run.returncode != 0
-    assert "error: accelerate launch was asked for 2 processes but this is one of 1" in run.stderr
+    assert "error: 2 processes were requested, but accelerate launch started 1" in run.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_size_that_two_processes_do_not_divide_is_refused(shards: Path, tmp_path: Path) -> None:
-    launch = command(2, *options(shards, tmp_path / "run", "--train.batch_size=13"))
+def test_batch_size_not_divisible_by_the_number_of_processes_is_refused(shards: Path, tmp_path: Path) -> None:
+    launch = command(2, *train_options(shards, tmp_path / "run", "--train.batch_size=13"))
     run = subprocess.run(launch, env=environment(), capture_output=True, text=True)
     assert run.returncode != 0
     assert "error: train.batch_size is 13; it must be a multiple of 2" in run.stderr
 
 
-def test_bf16_trains_and_is_close_to_fp32(shards: Path, tmp_path: Path) -> None:
+def test_bf16_losses_are_close_to_fp32(shards: Path, tmp_path: Path) -> None:
     for precision in ("fp32", "bf16"):
-        words = ("--train.images=60", "--train.log_every=1", f"--train.precision={precision}")
-        train(1, *options(shards, tmp_path / precision, *words))
+        options = ("--train.images=60", "--train.log_every=1", f"--train.precision={precision}")
+        train(1, *train_options(shards, tmp_path / precision, *options))
     exact, rounded = (losses(tmp_path / precision) for precision in ("fp32", "bf16"))
     assert list(rounded.values()) == pytest.approx(list(exact.values()), rel=0.01)
     assert rounded != exact
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_advice(shards: Path, tmp_path: Path) -> None:
-    launch = command(1, *options(shards, tmp_path, "--optimizer.lr=1e10", "--train.images=600", "--checkpoint.every=6000"))
+def test_non_finite_loss_stops_the_run_with_advice(shards: Path, tmp_path: Path) -> None:
+    launch = command(
+        1, *train_options(shards, tmp_path, "--optimizer.lr=1e10", "--train.images=600", "--checkpoint.every=6000")
+    )
     run = subprocess.run(launch, env=environment(), capture_output=True, text=True)
     assert run.returncode == 2
     assert "lower optimizer.lr" in run.stderr
     assert checkpoint.newest_checkpoint(tmp_path) is None
 
 
-def test_a_run_refuses_another_network_or_other_images(shards: Path, binaries: Path, tmp_path: Path) -> None:
+def test_resume_with_another_network_or_other_images_is_refused(shards: Path, binaries: Path, tmp_path: Path) -> None:
     from vae_scale.errors import UserError
     from vae_scale.pack import main as pack
 
-    train_in_process(*options(shards, tmp_path / "run", "--train.images=12"))
+    train_in_process(*train_options(shards, tmp_path / "run", "--train.images=12"))
     with pytest.raises(UserError, match=r"another model\.latent_channels, seed;"):
-        train_in_process(*options(shards, tmp_path / "run", "--train.images=24", "--model.latent_channels=3", "--seed=5"))
+        train_in_process(*train_options(shards, tmp_path / "run", "--train.images=24", "--model.latent_channels=3", "--seed=5"))
     pack(["--source=stl10", f"--data={binaries}", f"--out={tmp_path / 'other'}", "--limit=20"])
     with pytest.raises(UserError, match="other shards"):
-        train_in_process(*options(tmp_path / "other", tmp_path / "run", "--train.images=24"))
-    again = train_in_process(*options(shards, tmp_path / "run", "--train.images=12"))
-    assert again.images_seen == 12
+        train_in_process(*train_options(tmp_path / "other", tmp_path / "run", "--train.images=24"))
+    resumed = train_in_process(*train_options(shards, tmp_path / "run", "--train.images=12"))
+    assert resumed.images_seen == 12
 
 
-def test_wandb_without_a_key_is_offline_without_a_prompt_and_keeps_its_id(
+def test_wandb_without_an_api_key_runs_offline_without_a_prompt_and_keeps_its_run_id(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    words = [*options(shards, tmp_path / "run", "--train.images=60"), "--track.tracker=wandb"]
+    options = [*train_options(shards, tmp_path / "run", "--train.images=60"), "--track.tracker=wandb"]
     extra = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    ran = subprocess.run(command(1, *words), env=environment(**extra), capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert ran.returncode == 0, ran.stderr
+    result = subprocess.run(
+        command(1, *options), env=environment(**extra), capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert result.returncode == 0, result.stderr
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert str(state(tmp_path / "run")["wandb_id"]) in offline.name
     (written,) = offline.glob("*.wandb")
@@ -328,13 +319,13 @@ def test_wandb_without_a_key_is_offline_without_a_prompt_and_keeps_its_id(
 
 
 def test_metrics_of_a_resumed_run_have_no_duplicate_intervals(shards: Path, tmp_path: Path) -> None:
-    words = options(shards, tmp_path, "--train.log_every=1", "--checkpoint.every=48")
-    train_in_process(*words, "--train.images=96")
+    options = train_options(shards, tmp_path, "--train.log_every=1", "--checkpoint.every=48")
+    train_in_process(*options, "--train.images=96")
     for folder in checkpoint.list_checkpoints(tmp_path)[1:]:
         (folder / "manifest.json").unlink()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"images": 1')  # as a kill leaves it
-    train_in_process(*words, "--train.images=120")
+        file.write('{"images": 1')  # a line that was cut off by a kill
+    train_in_process(*options, "--train.images=120")
     images = [json.loads(line)["images"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert list(Counter(images)) == list(range(12, 121, 12))
     assert max(Counter(images).values()) <= 2  # training and evaluation

@@ -22,7 +22,7 @@ def pack(*options: object) -> None:
 
 
 def verify_problems(capsys: pytest.CaptureFixture[str], folder: Path) -> list[str]:
-    """Runs --verify, which must fail, and returns the problems it prints."""
+    """Runs --verify, which must fail, and returns the printed problems."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         pack("--verify", folder, "--workers=2")
@@ -37,7 +37,7 @@ def copy(shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "copy"))
 
 
-def change(path: Path, offset: int, content: bytes) -> None:
+def overwrite(path: Path, offset: int, content: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(content)
@@ -49,13 +49,13 @@ def test_intact_set_passes(shards: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_every_problem_is_reported(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change(copy / "stl10-train-000000.tar", 3 * STRIDE + 10_000, b"\0\1")  # pixels of the fourth image
-    change(copy / "stl10-train-000001.tar", 2 * STRIDE + 512, b"6")  # a label
-    change(copy / "stl10-train-000002.tar", STRIDE + 1536, b"?")  # an npy header
+    overwrite(copy / "stl10-train-000000.tar", 3 * STRIDE + 10_000, b"\0\1")  # pixels of the fourth image
+    overwrite(copy / "stl10-train-000001.tar", 2 * STRIDE + 512, b"6")  # a label
+    overwrite(copy / "stl10-train-000002.tar", STRIDE + 1536, b"?")  # an npy header
     (copy / "stl10-test-000000.tar").unlink()
-    cut = copy / "stl10-test-000001.tar"
-    cut.write_bytes(cut.read_bytes()[:-1])
-    change(copy / "stl10-unlabeled-000000.tar", 5 * STRIDE, b"\xff")  # a tar header
+    truncated = copy / "stl10-test-000001.tar"
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    overwrite(copy / "stl10-unlabeled-000000.tar", 5 * STRIDE, b"\xff")  # a tar header
     index = json.loads((copy / "index.json").read_text())
     entry = next(entry for entry in index["shardlist"] if entry["url"] == "stl10-unlabeled-000001.tar")
     entry["labels"][4] = 3
@@ -82,11 +82,11 @@ def test_every_problem_is_reported(copy: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_misplaced_sample_is_reported_once(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    victim = copy / "stl10-train-000000.tar"
-    content = victim.read_bytes()
-    victim.write_bytes(content[STRIDE : 2 * STRIDE] + content[:STRIDE] + content[2 * STRIDE :])
+    damaged = copy / "stl10-train-000000.tar"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[STRIDE : 2 * STRIDE] + content[:STRIDE] + content[2 * STRIDE :])
     problems = verify_problems(capsys, copy)
-    assert sum("train-00000001.cls is in the place of train-00000000.cls" in line for line in problems) == 1
+    assert sum("found member train-00000001.cls, expected train-00000000.cls" in line for line in problems) == 1
     assert sum("cls is '" in line for line in problems) == 2
 
 
@@ -106,12 +106,12 @@ def test_undecodable_images_are_reported(
     options = (f"--encoding={encoding}", "--splits=train", "--limit=6", "--images-per-shard=3")
     pack("--source=stl10", f"--data={binaries}", f"--out={tmp_path}", *options)
     pack("--verify", tmp_path)
-    victim = tmp_path / "stl10-train-000001.tar"
-    content = bytearray(victim.read_bytes())
+    damaged = tmp_path / "stl10-train-000001.tar"
+    content = bytearray(damaged.read_bytes())
     for key in (b"train-00000003", b"train-00000005"):
         begin = content.index(key + b"." + encoding.encode()) + 512
         content[begin : begin + 40] = bytes(40)
-    victim.write_bytes(content)
+    damaged.write_bytes(content)
     problems = verify_problems(capsys, tmp_path)
     assert len(problems) == 4
     assert f"train-00000003.{encoding} cannot be decoded" in problems[2]
@@ -136,13 +136,13 @@ def test_contact_sheet_contains_images_of_the_set(shards: Path, tmp_path: Path) 
     pack("--inspect", copy)
     with Image.open(copy / "contact_sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB"))
-    pack("--inspect", copy)  # the same picture again
+    pack("--inspect", copy)  # gives the same picture
     with Image.open(copy / "contact_sheet.png") as sheet:
         assert np.array_equal(np.asarray(sheet), pixels)
     assert pixels.shape == (8 * 98 + 2, 8 * 98 + 2, 3)
     images = {image.tobytes() for seed, count in enumerate(COUNTS.values()) for image in discs(count, seed)}
     cells = [pixels[y : y + 96, x : x + 96].tobytes() for y in range(2, 786, 98) for x in range(2, 786, 98)]
-    blank = bytes([255]) * (96 * 96 * 3)  # where a shard has fewer than eight images
+    blank = bytes([255]) * (96 * 96 * 3)  # if a shard has fewer than eight images
     assert all(cell in images or cell == blank for cell in cells)
     assert len(set(cells)) > 50
     pack("--verify", copy)
@@ -156,8 +156,8 @@ def test_contact_sheet_of_one_image(binaries: Path, tmp_path: Path, splits: list
 
 
 @pytest.fixture
-def served(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """URL of a copy of the set. Fetched shards are cached in a folder of the test."""
+def url(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """URL of a copy of the set. The cache is in `tmp_path`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -167,27 +167,27 @@ def served(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-    running.server_close()
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http_server.server_port}"
+    http_server.shutdown()
+    http_server.server_close()
 
 
-def test_set_behind_a_url_is_verified_and_inspected(
-    served: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_remote_set_is_verified_and_inspected(
+    url: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "current"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    pack("--verify", served)
+    pack("--verify", url)
     assert "match the manifest" in capsys.readouterr().out
-    pack("--inspect", served)
+    pack("--inspect", url)
     assert (folder / "contact_sheet.png").is_file()
     shutil.rmtree(tmp_path / "cache")
     (copy / "stl10-train-000001.tar").unlink()
     with pytest.raises(SystemExit):
-        pack("--verify", served)
+        pack("--verify", url)
     output = capsys.readouterr()
     assert sum("stl10-train-000001.tar" in line for line in output.out.splitlines()) == 1
     assert "problems: 1" in output.err

@@ -1,4 +1,4 @@
-"""If a rank dies or hangs, all ranks end within the timeout, and the error names it."""
+"""If a rank dies or hangs, all ranks exit within the timeout, and the error names the rank."""
 
 import signal
 import subprocess
@@ -22,7 +22,7 @@ TIMEOUT = 4
 
 
 class Launched:
-    """Two ranks that take steps together."""
+    """Two launched ranks that take synchronized steps."""
 
     def __init__(self, folder: Path, *more: object) -> None:
         self.folder, self.log = folder, folder / "log"
@@ -33,11 +33,11 @@ class Launched:
             assert self.launcher.poll() is None, self.text()
             time.sleep(0.05)
         children = psutil.Process(self.launcher.pid).children(recursive=True)
-        self.workers = {int(each.environ()["RANK"]): each for each in children if "RANK" in each.environ()}
+        self.workers = {int(process.environ()["RANK"]): process for process in children if "RANK" in process.environ()}
 
     def steps(self) -> int:
-        counts = [self.folder / f"rank_{rank}" for rank in (0, 1)]
-        return min(int(path.read_text() or 0) if path.exists() else 0 for path in counts)
+        paths = [self.folder / f"rank_{rank}" for rank in (0, 1)]
+        return min(int(path.read_text() or 0) if path.exists() else 0 for path in paths)
 
     def text(self) -> str:
         return self.log.read_text()
@@ -48,8 +48,8 @@ class Launched:
         return time.monotonic() - begin
 
     def kill(self) -> None:
-        for each in [*self.workers.values(), psutil.Process(self.launcher.pid)] if self.launcher.poll() is None else []:
-            each.kill()
+        for process in [*self.workers.values(), psutil.Process(self.launcher.pid)] if self.launcher.poll() is None else []:
+            process.kill()
         self.launcher.wait()
 
 
@@ -74,14 +74,14 @@ def test_suspended_rank_is_named_and_the_others_exit(launched: Launched) -> None
 
 def test_rank_exits_if_the_store_does_not_respond(launched: Launched) -> None:
     stopped = [psutil.Process(launched.launcher.pid), launched.workers[1]]  # the launcher hosts the store
-    for each in stopped:
-        each.suspend()
+    for process in stopped:
+        process.suspend()
     end = time.monotonic() + TIMEOUT + 4
     while f"for {TIMEOUT} s (train.timeout): the launcher's store does not respond" not in launched.text():
         assert time.monotonic() < end, launched.text()
         time.sleep(0.05)
-    for each in stopped:
-        each.resume()
+    for process in stopped:
+        process.resume()
     assert launched.launcher.wait(20) != 0
 
 
@@ -127,7 +127,7 @@ def test_compilation_counts_as_progress(tmp_path: Path) -> None:
     assert "compiling: " in processes.text()
 
 
-def beats(*values: tuple[int, int, str]) -> dict[int, Heartbeat]:
+def heartbeats(*values: tuple[int, int, str]) -> dict[int, Heartbeat]:
     return {rank: Heartbeat(*value, process=f"process {rank}") for rank, value in enumerate(values)}
 
 
@@ -135,10 +135,10 @@ def beats(*values: tuple[int, int, str]) -> dict[int, Heartbeat]:
     ("before", "now", "expected"),
     [
         ({}, {}, "the launcher's store does not respond, so the cause is unknown"),
-        (beats((5, 2, "a")), beats((7, 2, "a")), "rank 1 does not respond"),
-        (beats((5, 2, "a"), (5, 1, "b")), beats((7, 2, "a"), (5, 1, "b")), "rank 1 (process 1) does not respond"),
-        (beats((5, 2, "a"), (5, 1, "b")), beats((7, 2, "a"), (7, 1, "b")), "rank 1 (process 1) is stuck at b"),
-        (beats((5, 2, "a"), (5, 2, "a")), beats((7, 2, "a"), (7, 2, "a")), "all 2 ranks are at a"),
+        (heartbeats((5, 2, "a")), heartbeats((7, 2, "a")), "rank 1 does not respond"),
+        (heartbeats((5, 2, "a"), (5, 1, "b")), heartbeats((7, 2, "a"), (5, 1, "b")), "rank 1 (process 1) does not respond"),
+        (heartbeats((5, 2, "a"), (5, 1, "b")), heartbeats((7, 2, "a"), (7, 1, "b")), "rank 1 (process 1) is stuck at b"),
+        (heartbeats((5, 2, "a"), (5, 2, "a")), heartbeats((7, 2, "a"), (7, 2, "a")), "all 2 ranks are at a"),
     ],
 )
 def test_diagnose_hang(before: dict[int, Heartbeat], now: dict[int, Heartbeat], expected: str) -> None:

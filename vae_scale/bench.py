@@ -1,4 +1,4 @@
-"""`python -m vae_scale.bench data|step|train`: how fast images are loaded, and how fast training is."""
+"""`python -m vae_scale.bench data|step|train`: measures the throughput of data loading and training."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vae_scale.benchmark.training import Report
     from vae_scale.config.options import Config
 
-TRAINING_OPTIONS = "All other options are those of python -m vae_scale.train, such as --config FILE."
+TRAINING_OPTIONS = "The options of python -m vae_scale.train, such as --config FILE, are accepted as well."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("--shards", required=True, metavar="DIR", help="output folder of python -m vae_scale.pack")
     data.add_argument("--batch", type=int, default=256, metavar="N", help="images per batch (default: 256)")
     add_measuring_options(data)
-    for name, text in {"step": "the training step alone", "train": "the whole trainer and the step"}.items():
+    for name, text in {"step": "the training step alone", "train": "the trainer and of the step"}.items():
         training = commands.add_parser(name, help=f"images per second of {text}", epilog=TRAINING_OPTIONS, allow_abbrev=False)
         training.add_argument("--profile", type=Path, metavar="DIR", help="write a profiler trace of a few steps to DIR")
         add_measuring_options(training)
@@ -29,16 +29,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_measuring_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that all measurements have."""
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs, of which the median is used (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    """Adds the options that all measurements share."""
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="number of runs; the median is used (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, "Config | None"]:
-    """Parses the command line, and the configuration of the training it names.
+    """Parses the command line and, except for `data`, the configuration of the training to measure.
 
     Raises:
-        UserError: a training option is unknown, of the wrong type or out of range.
+        UserError: if a training option is unknown, of the wrong type or out of range.
     """
     parser = _parser()
     args, training_options = parser.parse_known_args(argv)
@@ -67,7 +67,7 @@ def parse_training_options(argv: Sequence[str]) -> "Config":
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line `argv`, which defaults to the process's own."""
+    """Runs the command line `argv`, by default that of the process."""
     args, config = parse_args(argv)
     if config is None:
         _measure_data(args)

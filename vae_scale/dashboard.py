@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command with the command line `argv`, by default that of the process."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     args = _parser().parse_args(argv)
     if not find_spec("wandb_workspaces"):
         raise UserError("dashboard needs wandb-workspaces: pip install 'vae_scale[dashboard]'")
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         entity = args.entity or wandb.Api(timeout=30).default_entity
         saved = build_workspace(entity, project).save()
-    except Exception as error:  # wandb raises the exceptions of its transport
+    except Exception as error:  # wandb also raises the exceptions of its HTTP client
         advice = "log in with `wandb login`, or write the workspace to a file with --json"
         raise UserError(f"wandb: {one_line(error).rstrip('.'):.300}; {advice}") from None
     print(f"saved: {saved.url}")

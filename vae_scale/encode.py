@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Encode images into shards of latents (mean and log-variance). To resume, run the same command again.",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="run directory")
-    parser.add_argument("--shards", metavar="PLACE", help="folder or URL of the images (default: those of the run)")
+    parser.add_argument("--shards", metavar="LOCATION", help="folder or URL of the images (default: those of the run)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write the latents to")
     parser.add_argument("--splits", metavar="A,B", help="splits to encode (default: all)")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="batch size per process (default: 64)")
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command with the arguments `argv`, by default those of the process."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     args = _parser().parse_args(argv)
     if args.batch < 1:
         raise UserError(f"--batch is {args.batch}; it must be at least 1")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _encode(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelerator") -> str:
-    """Encodes this process's share of the images. Returns a summary."""
+    """Encodes the images of this process and returns a summary."""
     from vae_scale.evaluation.encoding import encode_shards
     from vae_scale.models.pretrained import AVERAGED_WEIGHTS
     from vae_scale.runtime.launching import resolve_precision
@@ -75,8 +75,8 @@ def _encode(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelerato
     on_gpu = accelerator.device.type == "cuda"
     with accelerator.autocast():
         written = encode_shards(run.model, shards, args.out, args.batch, provenance, run.train_splits, run.dist, on_gpu)
-    count = f"{len(shards):,} images in {len(shards.shards)} shards, from {run.checkpoint_dir}"
-    return f"latents of {count}" if written else f"already complete: latents of {count}"
+    description = f"{len(shards):,} images in {len(shards.shards)} shards, from {run.checkpoint_dir}"
+    return f"latents of {description}" if written else f"already complete: latents of {description}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluate a trained VAE: likelihood bounds, reconstructions and samples.",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--shards", metavar="PLACE", help="folder or URL of the shards (default: those of the run)")
+    parser.add_argument("--shards", metavar="LOCATION", help="folder or URL of the shards (default: those of the run)")
     parser.add_argument("--split", metavar="NAME", help="split to evaluate on (default: the run's held-out split)")
     parser.add_argument("--images", type=int, metavar="N", help="maximum number of images (default: all)")
     parser.add_argument("--samples", type=int, metavar="N", help="number of samples (default: the number of images)")
@@ -38,7 +38,9 @@ def _parser() -> argparse.ArgumentParser:
         default="efficientnet_lite0",
         help="network for Frechet distance, precision and recall; inception gives the FID (default: efficientnet_lite0)",
     )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="its weights (default: packaged or downloaded)")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="weights of that network (default: packaged or downloaded)"
+    )
     parser.add_argument("--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="default: auto, the best")
     parser.add_argument("--steps", type=int, default=25, metavar="K", help="sampling steps of the flow (default: 25)")
     parser.add_argument("--solver", choices=["heun", "euler"], default="heun", help="solver of the flow (default: heun)")
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command with the arguments `argv`, by default those of the process."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     args = _parser().parse_args(argv)
     for name in ("images", "samples", "steps", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vae_scale.evaluation.loading import start_command
     from vae_scale.runtime.launching import get_device
 
-    run, accelerator = start_command(args.run, "fp32")  # results are comparable between machines
+    run, accelerator = start_command(args.run, "fp32")  # for results that are comparable between machines
     report = _evaluate(args, run, get_device(accelerator))
     if accelerator.is_main_process:
         _print_report(report)

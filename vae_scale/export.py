@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; `argv` defaults to the command line of the process."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     args = _parser().parse_args(argv)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file; give a folder")

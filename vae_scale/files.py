@@ -1,4 +1,4 @@
-"""Files that are complete or absent."""
+"""Atomic writes and hashes of files."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and renames it to `path` once its content is on the disk.
 
-    If the block raises, the temporary file is removed and `path` stays as it was.
+    If the block raises, the temporary file is removed and `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # never write through a link
@@ -28,18 +28,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Writes a file as a whole: after a crash it holds either the old content or the new."""
+    """Writes a file atomically: after a crash it has either the old or the new content."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, as a whole."""
+    """Writes a value as indented JSON, atomically."""
     atomic_write(path, json.dumps(value, indent=2) + "\n")
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hex."""
+    """Returns the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

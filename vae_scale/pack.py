@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
         "--index",
         nargs="+",
         metavar="URLS",
-        help="write the manifest of an existing WebDataset: files or URLs with {000..127}, or train=URLS test=URLS",
+        help="write the manifest of an existing WebDataset: files or URLs such as x-{000..127}.tar, or train=URLS test=URLS",
     )
     action.add_argument("--merge", type=Path, metavar="DIR", help="combine the parts in DIR into one set")
     action.add_argument("--verify", metavar="DIR", help="compare packed shards (folder or URL) with their manifest")
@@ -30,16 +30,18 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help="stl10: folder of the binaries, or stl10_binary.tar.gz; folder: tree of images; "
-        "photos: where the crops are written (default: OUT/stl10_binary)",
+        "photos: folder to write the crops to (default: OUT/stl10_binary)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards or of index.json; for --inspect, the PNG")
-    parser.add_argument("--part", metavar="I/N", help="write only part I of N, for packing on N machines; then use --merge")
+    parser.add_argument(
+        "--part", metavar="I/N", help="write only part I of N, to pack on N machines; merge the parts with --merge"
+    )
     parser.add_argument("--splits", metavar="A,B", help="default: all of STL-10; train,test of a folder")
     parser.add_argument(
         "--encoding",
         choices=["npy", "png", "jpg", "webp"],
         default="npy",
-        help="npy (default) is read without decoding; the others are smaller, for remote storage",
+        help="npy (default) needs no decoding; png, jpg and webp are smaller, for remote storage",
     )
     parser.add_argument("--images-per-shard", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument(
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command with the arguments `argv`, by default those of the process."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     args = _parser().parse_args(argv)
     for option in ("images_per_shard", "workers", "limit", "resolution"):
         value = getattr(args, option)
@@ -113,14 +115,16 @@ def _prepare_stl10(args: argparse.Namespace, is_first_part: bool) -> Path:
     from vae_scale.data.stl10 import SIDE, download
 
     if args.resolution not in (None, SIDE):
-        raise UserError(f"--resolution {args.resolution}: STL-10 is {SIDE}x{SIDE}; other sizes require --source folder")
+        raise UserError(f"--resolution {args.resolution}: STL-10 is {SIDE}x{SIDE}; use --source folder for other sizes")
     data: Path | None = args.data
     if args.source == "photos":
         from vae_scale.data.photos import write_photos
 
         data = data or args.out / "stl10_binary"
         if not is_first_part and not data.exists():
-            raise UserError(f"--part {args.part}: part 1 writes the crops to {data}; run it first, or pass them with --data")
+            raise UserError(
+                f"--part {args.part}: part 1 writes the crops to {data}; run it first, or give their folder with --data"
+            )
         write_photos(data)
     elif args.download:
         data = download(data or args.out.parent)

@@ -1,8 +1,8 @@
 """Random numbers that depend only on seed, purpose, and position (images seen or sample number).
 
-They do not depend on the number of processes, on batch sizes or on earlier draws. They do depend on the device: CUDA and CPU
-generators differ, and above about a million numbers per call so do models of GPU. To draw the same noise on any number of
-processes, a run needs GPUs of one model.
+They do not depend on the number of processes, the batch size or earlier draws. They depend on the device: CUDA and CPU
+generators differ, and GPU models differ above about a million numbers per call. Noise is the same for any number of processes
+if all GPUs are of the same model.
 """
 
 import hashlib

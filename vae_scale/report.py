@@ -1,4 +1,4 @@
-"""`python -m vae_scale.report RUN [RUN ...]`: writes one HTML file that compares runs and needs no network."""
+"""`python -m vae_scale.report RUN [RUN ...]`: writes a self-contained HTML file that compares runs."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command with the command line `argv`, by default that of the process."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     args = _parser().parse_args(argv)
     out: Path = args.out or args.runs[0] / "report.html"
     if out.suffix.lower() != ".html":

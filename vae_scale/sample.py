@@ -1,4 +1,4 @@
-"""`python -m vae_scale.sample --run RUN --num N --out FILE.png`: draws new images, on one or many processes."""
+"""`python -m vae_scale.sample --run RUN --num N --out FILE.png`: generates images, on one or many processes."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ COMPILE_MIN_SAMPLES = 4096  # samples per process from which compilation pays of
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vae_scale.sample",
-        description="Draw new images from a trained VAE. The same seed gives the same images.",
+        description="Generate images with a trained VAE. The same seed gives the same images.",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="output file for the grid")
@@ -44,14 +44,16 @@ def _parser() -> argparse.ArgumentParser:
     flow.add_argument("--solver", choices=["heun", "euler"], default="heun", help="default: heun; euler takes half the time")
     flow.add_argument("--class", dest="class_name", metavar="NAME", help="class to sample, by name or index")
     flow.add_argument("--guidance", type=float, default=1.0, metavar="G", help="classifier-free guidance scale (default: 1)")
-    other = parser.add_argument_group("other grids")
-    mode = other.add_mutually_exclusive_group()
+    grids = parser.add_argument_group("other grids")
+    mode = grids.add_mutually_exclusive_group()
     mode.add_argument("--interpolate", nargs="*", metavar="PHOTO", help="N steps between samples, or between two photos")
     mode.add_argument("--traverse", action="store_true", help="N steps along each principal direction of the prior")
     mode.add_argument("--reconstruct", action="store_true", help="N held-out images, each beside its reconstruction")
     mode.add_argument("--neighbours", action="store_true", help="N samples, each beside its nearest training images")
-    other.add_argument("--shards", metavar="PLACE", help="shards for the last two (default: those of the run)")
-    other.add_argument("--gif", type=Path, metavar="FILE.gif", help="animate the steps, or the samples drawn during training")
+    grids.add_argument("--shards", metavar="LOCATION", help="shards for --reconstruct and --neighbours (default: the run's)")
+    grids.add_argument(
+        "--gif", type=Path, metavar="FILE.gif", help="animate the steps, or the sample grids of the training run"
+    )
     return parser
 
 
@@ -73,7 +75,7 @@ def _check_args(args: argparse.Namespace) -> None:
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command with the arguments `argv`, by default those of the process."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     args = _parser().parse_args(argv)
     _check_args(args)
 
@@ -111,11 +113,11 @@ def _sample(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelerato
             if args.gif:
                 files = sorted((args.run / "samples").glob("samples_*.png"))
                 if not files:
-                    raise UserError(f"--gif {args.gif}: the run has no images in its folder samples yet")
+                    raise UserError(f"--gif {args.gif}: the run's folder samples/ has no images yet")
                 save_gif([Image.open(file).convert("RGB") for file in files], args.gif, milliseconds=500)
         subset = "" if keep == args.num else f"the first {keep:,} of {args.num:,} "
         return f"{subset}samples at temperature {args.temperature:g} from {prior}"
-    if dist.rank:  # the other grids are small
+    if dist.rank:  # the other grids are computed on rank 0
         return ""
     images, columns, message = _make_grid(args, run, sample_latents, prior)
     save_grid(images, args.out, args.grid or columns)

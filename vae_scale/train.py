@@ -10,7 +10,7 @@ from vae_scale.errors import cli_main
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains as the command line `argv` says, which defaults to that of the process."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     config, dry_run = parse(argv)
     if dry_run:
         _print_description(config)

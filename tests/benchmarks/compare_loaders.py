@@ -1,4 +1,4 @@
-"""Images per second of the stream and of other loaders on the same images, and how well shuffle windows shuffle.
+"""Images per second of the stream and of other loaders on the same images, and the quality of shuffle windows.
 
     python tests/benchmarks/compare_loaders.py --shards DIR [--scratch DIR] [--json FILE]
 
@@ -34,14 +34,14 @@ from vae_scale.errors import UserError, cli_main
 
 COMPACT_ENCODINGS = ("png", "jpg")
 COMPACT_WINDOW = 4  # shards
-EPOCHS = 5  # of a run with compact shards, so that decoding ahead at its end weighs little
+EPOCHS = 5  # per run with compressed shards, so that decoding ahead at the end of a run has little effect
 MAX_JPEG_DIFFERENCE = 3.0  # mean absolute difference, of 255
 SHUFFLE_WINDOWS = (1, 4, 16)
 
 
 @dataclass(frozen=True)
 class ShuffleQuality:
-    """How random an order of n images is. A random permutation has 1/3, 2/n, and the largest shard's share.
+    """How random an order of n images is. A random permutation has 1/3, 2/n, and the largest shard's fraction.
 
     Attributes:
         window: Shards shuffled together; None for a random permutation.
@@ -64,7 +64,7 @@ class LoaderReport:
         rows: Images per second.
         ratios: `of_gather_limit`, and the stream over the fastest loader of each library.
         shuffle: Quality of shuffle windows.
-        missing: Libraries that cannot be measured here, and why.
+        missing: Libraries that cannot be measured, with the reason.
     """
 
     rows: list[Row]
@@ -90,7 +90,7 @@ def measure(shards: ShardSet, batch: int, repeats: int, scratch: Path) -> Loader
             check_stream(packed, images, batch, MAX_JPEG_DIFFERENCE if encoding == "jpg" else 0.0)
             tasks |= compact_stream_task(packed, batch)
     rows = alternate(tasks, repeats, "measuring the stream")
-    # Measured last, since the threads some of them leave behind would slow the stream down.
+    # Measured last, since threads left running by some loaders would slow down the stream.
     loaders, missing = peers(images, scratch, batch)
     for peer in tqdm(loaders, "checking images", unit=" loaders"):
         check_peer(peer, images)
@@ -103,7 +103,7 @@ def measure(shards: ShardSet, batch: int, repeats: int, scratch: Path) -> Loader
 
 
 def compact_stream_task(shards: ShardSet, batch: int) -> Tasks:
-    """The stream over shards of compressed images, from a cold start, so that decoding ahead is counted."""
+    """Returns the task of the stream over compressed shards, which starts cold so that decoding ahead is included."""
 
     def run() -> float:
         stream = Stream(shards, batch, seed=0, window=COMPACT_WINDOW)
@@ -169,7 +169,7 @@ def measure_epoch(peer: Peer) -> float:
 
 
 def compare(rows: dict[str, Row], loaders: Sequence[Peer], encoding: str) -> dict[str, float]:
-    """The stream over the gather limit, over the best of each library, and over webdataset with the same encoding."""
+    """Returns the ratios of the stream to the gather limit, to the best loader of each library, and to webdataset."""
 
     def best(*prefixes: str) -> float:
         return max((row.median for row in rows.values() if row.name.startswith(prefixes)), default=math.nan)
@@ -200,11 +200,13 @@ def shuffle_quality(sizes: Sequence[int], batch: int, windows: Sequence[int], ep
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line `argv`, which defaults to the process's own."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     parser = argparse.ArgumentParser(description="Measure the stream and other loaders on the same images.")
     parser.add_argument("--shards", required=True, metavar="DIR", help="output folder of python -m vae_scale.pack")
     parser.add_argument("--batch", type=int, default=256, metavar="N", help="images per batch (default: 256)")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="keep other formats there (default: a temporary folder)")
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="folder for the other formats (default: a temporary folder)"
+    )
     add_measuring_options(parser)
     args = parser.parse_args(argv)
     check_positive(args, "batch", "repeats")

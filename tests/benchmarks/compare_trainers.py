@@ -24,7 +24,7 @@ class TrainerReport(Report):
     """A report that also holds `over_FAMILY` ratios.
 
     Attributes:
-        missing: Loops that are not counted, and why.
+        missing: Excluded loops, with the reason.
     """
 
     missing: dict[str, str]
@@ -32,7 +32,7 @@ class TrainerReport(Report):
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line `argv`, which defaults to the process's own."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     parser = argparse.ArgumentParser(description="Measure the trainer and other training loops.", allow_abbrev=False)
     parser.add_argument(
         "--peers", default="", metavar="NAMES", help="any of notebook,torch,lightning,diffusers,pythae (default: all)"

@@ -27,14 +27,14 @@ from vae_scale.data.stl10 import SIDE, write_binaries
 from vae_scale.errors import UserError, one_line
 
 WORKERS = (0, 2)
-CHUNK = 1000  # images written between two steps of a progress bar, and the most in one tar
+CHUNK = 1000  # images per progress bar update, and maximum images per tar file
 REMEDIES = dict.fromkeys(("litdata", "mosaicml"), "pip install 'vae_scale[bench]'")
 REMEDIES["ffcv"] = "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev; pip install ffcv"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A data loader, and how to check what it reads.
+    """A data loader.
 
     Workers start with the first epoch and persist, so later epochs do not include their start-up.
 
@@ -77,7 +77,7 @@ def peers(images: Images, scratch: Path, batch: int) -> tuple[list[Peer], dict[s
     Returns:
         The loaders, and for each library that is not available, the reason in one line.
     """
-    # litdata and mosaicml return views of a file's bytes, which torch only copies from.
+    # litdata and mosaicml return read-only views of a file, which are copied.
     warnings.filterwarnings("ignore", "The given (NumPy array|buffer) is not writable")
     folder = scratch / hashlib.sha256(images.data).hexdigest()[:16]
     loaders: list[Peer] = []
@@ -85,7 +85,7 @@ def peers(images: Images, scratch: Path, batch: int) -> tuple[list[Peer], dict[s
     for family in (_torchvision, _webdataset, _litdata, _mosaicml, _ffcv):
         name = family.__name__.removeprefix("_")
         try:
-            with _torch_threads_kept():
+            with _restore_torch_threads():
                 loaders += family(images, folder / name, batch)
         except UserError as error:
             missing[name] = str(error)
@@ -99,7 +99,7 @@ def _torchvision(images: Images, folder: Path, batch: int) -> list[Peer]:
     from torchvision.transforms import Compose, Normalize, ToTensor
 
     if images.shape[1:3] != (SIDE, SIDE):
-        raise UserError(f"its STL10 reads images of {SIDE}x{SIDE} only, not of {images.shape[1]}x{images.shape[2]}")
+        raise UserError(f"its STL10 reads only images of {SIDE}x{SIDE}, not {images.shape[1]}x{images.shape[2]}")
 
     class Unchecked(STL10):  # type: ignore[misc]
         def _check_integrity(self) -> bool:
@@ -110,7 +110,7 @@ def _torchvision(images: Images, folder: Path, batch: int) -> list[Peer]:
         chunks = ((images[start : start + CHUNK], list[int]()) for start in starts)
         write_binaries(folder / "stl10_binary", {"unlabeled": chunks}, ["none"])
 
-    root = _written(folder, write)
+    root = _write_once(folder, write)
 
     @functools.cache
     def samples() -> _Numbered:
@@ -128,7 +128,7 @@ def _webdataset(images: Images, folder: Path, batch: int) -> list[Peer]:
     import torchvision
     import webdataset
 
-    # Workers read whole shards, so there are some for each however few the images.
+    # Workers read whole shards, so small sets are divided into at least 8.
     size = min(CHUNK, -(-len(images) // 8))
     starts = range(0, len(images), size)
 
@@ -146,14 +146,14 @@ def _webdataset(images: Images, folder: Path, batch: int) -> list[Peer]:
         return torchvision.io.decode_image(content, torchvision.io.ImageReadMode.RGB)
 
     def loader(encoding: str, decoder: Any, workers: int) -> Iterable[Any]:
-        # The README's pipeline: shuffled while still encoded, batched in the workers. Its training example goes on to
-        # unbatch, shuffle and batch again in the main process, which costs time and is left out.
+        # The README's pipeline: shuffled before decoding, batched in the workers. Its training example also rebatches and
+        # shuffles in the main process, which is omitted since it takes time.
         urls = [str(folder / encoding / f"{start:09d}.tar") for start in starts]
         dataset = webdataset.WebDataset(urls, shardshuffle=100).shuffle(1000).decode(decoder)
         batches = dataset.to_tuple(encoding, "cls").batched(batch)
         return webdataset.WebLoader(batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
-    # rgb8 is its own decoder to uint8, by Pillow. The notes show how to put in another, and torchvision's is faster.
+    # rgb8 decodes to uint8 with Pillow. The documentation shows how to replace the decoder; torchvision's is faster.
     faster = webdataset.handle_extension("png jpg", planes)
     loaders = []
     names = ["npy", "png", "jpg"]
@@ -163,7 +163,7 @@ def _webdataset(images: Images, folder: Path, batch: int) -> list[Peer]:
         encoding = name[:3]
         decoder, pixels = (faster, _from_planes) if "torchvision" in name else ("rgb8", _identity)
         make = functools.partial(loader, encoding, decoder)
-        _written(folder / encoding, functools.partial(write, encoding))
+        _write_once(folder / encoding, functools.partial(write, encoding))
         loaders += [_peer("webdataset", name, workers, make, pixels, encoding != "jpg") for workers in WORKERS]
     return loaders
 
@@ -180,18 +180,18 @@ def _litdata(images: Images, folder: Path, batch: int) -> list[Peer]:
         return litdata.Image(bytes=encoded.getvalue()), number
 
     def write(sample: Callable[[int], Any], folder: Path) -> None:
-        # Chunks of 64 MB are the README's advice. Forked processes see the images; spawned ones would be sent them all.
+        # The README recommends chunks of 64 MB. Forked processes share the images; for spawned ones they would be pickled.
         numbers = list(range(len(images)))
-        with contextlib.redirect_stdout(io.StringIO()):  # its chatter; the progress bar is on standard error
+        with contextlib.redirect_stdout(io.StringIO()):  # suppresses its messages; the progress bar is on standard error
             litdata.optimize(sample, numbers, str(folder), chunk_bytes="64MB", num_workers=os.cpu_count(), start_method="fork")
 
     def loader(name: str, workers: int) -> Iterable[Any]:
         dataset = litdata.StreamingDataset(str(folder / name), shuffle=True, drop_last=False)
         return litdata.StreamingDataLoader(dataset, batch_size=batch, num_workers=workers, persistent_workers=workers > 0)
 
-    # JPEG is the README's advice for images. Arrays need no decoding, and are read faster than tensors.
+    # The README recommends JPEG for images. Arrays need no decoding, and are read faster than tensors.
     for sample in (array, jpg):
-        _written(folder / sample.__name__, functools.partial(write, sample))
+        _write_once(folder / sample.__name__, functools.partial(write, sample))
     return [
         _peer("litdata", name, workers, functools.partial(loader, name), pixels, lossless=name == "array")
         for name, pixels in (("array", _identity), ("jpg", _from_planes))
@@ -208,10 +208,10 @@ def _mosaicml(images: Images, folder: Path, batch: int) -> list[Peer]:
             for number in tqdm(range(len(images)), "writing MDS"):
                 file.write({"image": images[number], "number": number})
 
-    local = str(_written(folder, write))
+    local = str(_write_once(folder, write))
 
     def loader(workers: int) -> Iterable[Any]:
-        # The FAQ: tell the dataset the batch size too, and keep workers from one epoch to the next.
+        # Recommended by the FAQ: batch_size for the dataset, too, and persistent workers.
         dataset = streaming.StreamingDataset(local=local, shuffle=True, batch_size=batch)
         return DataLoader(dataset, batch, num_workers=workers, persistent_workers=workers > 0)
 
@@ -227,13 +227,13 @@ def _ffcv(images: Images, folder: Path, batch: int) -> list[Peer]:
     from ffcv.writer import DatasetWriter
 
     def write(folder: Path) -> None:
-        # Raw pixels give the best speed where the page cache holds them all (its guide to images).
+        # Raw pixels are fastest if they fit into the page cache (its guide to images).
         writer = DatasetWriter(str(folder / "images.beton"), {"image": RGBImageField(write_mode="raw"), "number": IntField()})
         writer.from_indexed_dataset(_Numbered(len(images), images.__getitem__))
 
-    file = _written(folder, write) / "images.beton"
+    file = _write_once(folder, write) / "images.beton"
 
-    # The tuning guide's settings for a small dataset. Its workers are threads.
+    # The settings of its tuning guide for a small dataset. Workers are threads.
     def loader(workers: int) -> Iterable[Any]:
         decoders = {"image": [SimpleRGBImageDecoder(), ToTensor()], "number": [IntDecoder(), ToTensor()]}
         settings = {"order": OrderOption.RANDOM, "os_cache": True, "drop_last": False}
@@ -246,7 +246,7 @@ def _ffcv(images: Images, folder: Path, batch: int) -> list[Peer]:
 
 
 @contextlib.contextmanager
-def _torch_threads_kept() -> Iterator[None]:
+def _restore_torch_threads() -> Iterator[None]:
     """Restores the number of threads, which ffcv changes for the whole process."""
     threads = torch.get_num_threads()
     try:
@@ -255,7 +255,7 @@ def _torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _written(folder: Path, write: Callable[[Path], None]) -> Path:
+def _write_once(folder: Path, write: Callable[[Path], None]) -> Path:
     """Returns `folder`, filled by `write` unless it exists."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
@@ -276,13 +276,13 @@ def _peer(
     pair: Callable[[Any], tuple[Tensor, Tensor]] = tuple,
 ) -> Peer:
     @functools.cache
-    def made() -> Iterable[Any]:
-        gc.collect()  # otherwise workers inherit earlier loaders and complain when collecting them
+    def cached_loader() -> Iterable[Any]:
+        gc.collect()  # otherwise forked workers inherit earlier loaders and warn when collecting them
         return loader(workers)
 
     def epoch() -> Iterator[tuple[Tensor, Tensor]]:
-        with _torch_threads_kept():
-            yield from map(pair, made())
+        with _restore_torch_threads():
+            yield from map(pair, cached_loader())
 
     return Peer(f"{family}, {name}, {workers} workers", family, lossless, epoch, pixels)
 

@@ -13,54 +13,54 @@ from vae_scale.errors import cli_main
 if TYPE_CHECKING:
     from vae_scale.benchmark.training import MeasuredTrainer
 
-TIMES = 15  # of an exchange or a draw
+REPEATS = 15  # of an all-reduce, and of drawing random inputs
 
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Answers lines with lines, until there are no more.
+    """Executes requests of the form `COMMAND COUNT` and replies to each with a JSON list of durations in seconds.
 
-    A line names what to do and how often or how much, and is answered with a list of seconds: `advance` takes so many steps,
-    `exchange` sums so many bytes over the processes, some times, `draw` draws the random numbers of so many images, some times.
+    `advance` runs COUNT training steps. `exchange` all-reduces COUNT bytes, `REPEATS` times. `draw` draws the random inputs of
+    COUNT images, `REPEATS` times.
 
     Args:
-        argv: The port to answer to, the cores of all processes that train together, and the options of the training.
+        argv: Port of the server, comma-separated cores indexed by local rank, and training options. Defaults to `sys.argv[1:]`.
     """
-    port, cores, *words = sys.argv[1:] if argv is None else argv
-    # First of all, so that all threads that are started later stay there too.
+    port, cores, *options = sys.argv[1:] if argv is None else argv
+    # Set before threads are started, since they inherit the affinity.
     os.sched_setaffinity(0, {int(cores.split(",")[int(os.environ.get("LOCAL_RANK", 0))])})
     from vae_scale.benchmark.training import open_trainer
     from vae_scale.config.parsing import parse
 
-    with open_trainer(parse(words)[0]) as subject, socket.create_connection(("localhost", int(port))) as connection:
-        verbs = {"advance": _advance, "exchange": _exchange, "draw": _draw}
+    with open_trainer(parse(options)[0]) as measured, socket.create_connection(("localhost", int(port))) as connection:
+        commands = {"advance": _advance, "exchange": _all_reduce, "draw": _draw_random_inputs}
         with connection.makefile("rw") as lines:
             for line in lines:
-                verb, count = line.split()
-                print(json.dumps(verbs[verb](subject, int(count))), file=lines, flush=True)
+                command, count = line.split()
+                print(json.dumps(commands[command](measured, int(count))), file=lines, flush=True)
 
 
-def _advance(subject: "MeasuredTrainer", steps: int) -> list[float]:
-    subject.trainer.start_interval()
-    return _timed(subject.advance, steps)
+def _advance(measured: "MeasuredTrainer", steps: int) -> list[float]:
+    measured.trainer.start_interval()
+    return _measure_durations(measured.advance, steps)
 
 
-def _exchange(subject: "MeasuredTrainer", size: int) -> list[float]:
+def _all_reduce(measured: "MeasuredTrainer", num_bytes: int) -> list[float]:
     import torch
 
-    gradients = torch.zeros(size // 4)
-    return _timed(lambda: torch.distributed.all_reduce(gradients), TIMES)
+    gradients = torch.zeros(num_bytes // 4)
+    return _measure_durations(lambda: torch.distributed.all_reduce(gradients), REPEATS)
 
 
-def _draw(subject: "MeasuredTrainer", images: int) -> list[float]:
-    return _timed(lambda: subject.trainer.stage.random_inputs(0, images), TIMES)
+def _draw_random_inputs(measured: "MeasuredTrainer", images: int) -> list[float]:
+    return _measure_durations(lambda: measured.trainer.stage.random_inputs(0, images), REPEATS)
 
 
-def _timed(work: Callable[[], object], times: int) -> list[float]:
+def _measure_durations(function: Callable[[], object], repeats: int) -> list[float]:
     durations = []
-    for _ in range(times):
+    for _ in range(repeats):
         begin = time.perf_counter()
-        work()
+        function()
         durations.append(time.perf_counter() - begin)
     return durations
 

@@ -1,8 +1,8 @@
-"""Compares methods of generating images after equal compute, on the same photographs (`make quality PHOTOS=DIR`).
+"""Compares generative models trained with equal compute on the same photographs (`make quality PHOTOS=DIR`).
 
-Every method is trained in processes of its own for the same number of CPU seconds (on a GPU, seconds), including start-up and
-fitting its prior. The number of training images that this allows is measured first in short runs, since schedules depend on it.
-Each method then draws as many samples as there are held-out photographs, and the Frechet distance between the two is computed.
+Each method is trained in separate processes for the same number of CPU seconds (wall-clock seconds on a GPU), including
+start-up and fitting its prior. The number of training images is estimated from short runs beforehand, since schedules depend
+on it. The Frechet distance is computed between the held-out photographs and equally many samples of each method.
 """
 
 import argparse
@@ -43,15 +43,15 @@ from vae_scale.runtime import checkpoint
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = 64  # images at a time while measuring
-NUM_PICTURED = 10  # samples per row of the picture
+BATCH = 64  # batch size of evaluation
+NUM_PICTURED = 10  # samples per row of the figure
 
 # ---- Methods ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: `options` of `vae_scale.train`, or () for pythae's own trainer. {folder} is the method's folder."""
+    """One training run: `options` of `vae_scale.train`, or () for pythae's trainer; {folder} is the folder of the method."""
 
     name: str
     options: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Row:
-    """Samples of a method, drawn from the prior of one of its stages."""
+    """A row of the table: samples from a prior of a stage."""
 
     name: str
     method: str
@@ -69,7 +69,7 @@ class Row:
     temperature: float = 1.0
 
 
-# All methods train on the same photographs, without tracking and with little evaluation.
+# Options of all methods: the same photographs, no tracking, and little evaluation.
 COMMON = ("--data.train=train,unlabeled", "--evaluate.images=64", "--evaluate.samples=16", "--track.tracker=none")
 NOTEBOOK = ("--config=configs/seed_notebook.yaml",)
 RESNET = ("--config=configs/small.yaml",)
@@ -95,15 +95,15 @@ PEERS = ("notebook", "pythae")
 
 # ---- pythae ----------------------------------------------------------------------------------------------------------
 
-PYTHAE_LATENT = 64  # as in its own CelebA benchmark
+PYTHAE_LATENT = 64  # as in its CelebA benchmark
 PYTHAE_BATCH = 64  # its default
-# Its CelebA configuration has 1e-4 for 50 epochs of 160,000 images. With so few steps as here 1e-3 goes further: after 1,280
-# photographs its loss was 910 instead of 923 nats, and the latents were in use.
+# Its CelebA configuration uses 1e-4 for 50 epochs of 160,000 images. With few steps, 1e-3 is better: after 1,280 photographs
+# the loss was 910 instead of 923 nats, and the latents did not collapse.
 PYTHAE_LR = 1e-3
 
 
 def pythae_model(side: int) -> Any:
-    """pythae's VAE with the ResNet of its CelebA benchmark, whose linear layers are fitted to `side` instead of 64."""
+    """Builds pythae's VAE with the ResNet of its CelebA benchmark, for images of `side` pixels instead of 64."""
     from pythae.models import VAE as PythaeVAE
     from pythae.models import VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -111,7 +111,7 @@ def pythae_model(side: int) -> Any:
 
     coarse = side // 16
 
-    class Decoder(Decoder_ResNet_AE_CELEBA):  # its forward has 4 x 4 written into it
+    class Decoder(Decoder_ResNet_AE_CELEBA):  # whose forward hard-codes a side of 4
         def forward(self, z: Tensor, output_layer_levels: None = None) -> Any:
             hidden = self.layers[0](z).reshape(len(z), 128, coarse, coarse)
             for layer in self.layers[1:]:
@@ -127,16 +127,16 @@ def pythae_model(side: int) -> Any:
 
 
 def train_pythae(shards: Path, run: Path, images: int, seed: int) -> None:
-    """Trains on so many images with pythae's trainer, and fits its sampler. Runs in a process of its own."""
+    """Trains on `images` images with pythae's trainer and fits its sampler. Runs in a separate process."""
     from pythae.data.preprocessors import DataProcessor
     from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
     torch.manual_seed(seed)
-    np.random.seed(seed)  # scikit-learn draws from it
+    np.random.seed(seed)  # used by scikit-learn
     photos = torch.from_numpy(pixels(ShardSet.open(shards).select("train", "unlabeled"))).permute(0, 3, 1, 2) / 255
     model = pythae_model(photos.shape[-1])
-    # One long epoch that holds every photograph equally often, so that the budget can end between two epochs.
+    # One epoch over several permutations, so that the number of images need not be a multiple of the set.
     repeats = -(-images // len(photos))
     rows = torch.cat([torch.randperm(len(photos)) for _ in range(repeats)])[:images]
     config = BaseTrainerConfig(
@@ -149,9 +149,9 @@ def train_pythae(shards: Path, run: Path, images: int, seed: int) -> None:
     BaseTrainer(model, Subset(DataProcessor.to_dataset(photos), rows.tolist()), training_config=config).train()
     sampler = GaussianMixtureSampler(model, GaussianMixtureSamplerConfig(n_components=10))
     sampler.fit(photos)
-    save_file({name: part.contiguous() for name, part in model.state_dict().items()}, run / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, run / "model.safetensors")
     mixture = {name: getattr(sampler.gmm, name) for name in ("weights_", "means_", "covariances_")}
-    save_file({name: torch.from_numpy(part) for name, part in mixture.items()}, run / "mixture.safetensors")
+    save_file({name: torch.from_numpy(array) for name, array in mixture.items()}, run / "mixture.safetensors")
 
 
 # ---- Training within a budget ----------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def train_pythae(shards: Path, run: Path, images: int, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """What all methods share."""
+    """Settings common to all methods."""
 
     out: Path
     seed: int
@@ -171,7 +171,7 @@ class Study:
         return self.out / "shards"
 
     def folder(self, method: str, stage: int = -1) -> Path:
-        """The run of a stage, by default of the last."""
+        """Returns the run folder of a stage, by default the last."""
         return self.out / method / METHODS[method][stage].name
 
 
@@ -179,24 +179,24 @@ def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-def spend(words: list[str], log: Path) -> float:
-    """Runs a command to its end and returns the CPU seconds it took, with all its processes; on a GPU, seconds.
+def run_command(command: list[str], log: Path) -> float:
+    """Runs a command and returns the CPU seconds of all its processes; on a GPU, wall-clock seconds.
 
     Raises:
-        UserError: it failed.
+        UserError: if the command fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    # Spinning threads would count as work; one thread per process wastes nothing.
+    # Spinning OpenMP threads would count as CPU time.
     threads = {} if DEVICE == "cuda" else {"OMP_NUM_THREADS": "1"}
-    began = time.perf_counter()
+    begin = time.perf_counter()
     with log.open("w") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         lines = [line.strip() for line in log.read_text().replace("\r", "\n").splitlines() if line.strip()]
         raise UserError(f"exit code {process.returncode}, see {log}: {' | '.join(lines[-3:])}")
-    return time.perf_counter() - began if DEVICE == "cuda" else usage.ru_utime + usage.ru_stime
+    return time.perf_counter() - begin if DEVICE == "cuda" else usage.ru_utime + usage.ru_stime
 
 
 class Training:
@@ -205,68 +205,68 @@ class Training:
     def __init__(self, study: Study, method: str, number: int) -> None:
         self.study, self.method, self.stage = study, method, METHODS[method][number]
         self.run = study.folder(method, number)
-        self.later = METHODS[method][number + 1 :]
+        self.later_stages = METHODS[method][number + 1 :]
         self.options = [option.format(folder=self.run.parent) for option in self.stage.options]
         self.batch = PYTHAE_BATCH if not self.options else parse(self.options)[0].train.batch_size
 
-    def words(self, run: Path, images: int) -> list[str]:
-        """The command that trains on so many images."""
+    def command(self, run: Path, images: int) -> list[str]:
+        """Returns the command that trains on `images` images."""
         shards, seed = self.study.shards, self.study.seed
         if not self.options:
             return [sys.executable, str(Path(__file__).resolve()), "pythae", str(shards), str(run), str(images), str(seed)]
-        where = [f"--data.shards={shards}", f"--run={run}", f"--seed={seed}"]
-        length = [f"--train.images={images}", f"--evaluate.every={images}", f"--checkpoint.every={images}"]
-        return [sys.executable, "-m", "vae_scale.train", *self.options, *COMMON, *where, *length]
+        paths = [f"--data.shards={shards}", f"--run={run}", f"--seed={seed}"]
+        duration = [f"--train.images={images}", f"--evaluate.every={images}", f"--checkpoint.every={images}"]
+        return [sys.executable, "-m", "vae_scale.train", *self.options, *COMMON, *paths, *duration]
 
     def calibrate(self, budget: float) -> tuple[float, float]:
-        """Seconds that any run takes, and seconds per image, from a few short runs."""
+        """Estimates the fixed seconds of a run and the seconds per image from a few short runs."""
         folder = self.run.with_name(f"{self.run.name}_calibration")
 
         def cost(images: int) -> float:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            return spend(self.words(folder, images), folder.with_suffix(".log"))
+            return run_command(self.command(folder, images), folder.with_suffix(".log"))
 
         few, many = self.batch, 3 * self.batch
         first, min_difference = cost(few), min(30.0, budget / 20)
         while True:
             second = cost(many)
-            each = (second - first) / (many - few)
+            per_image = (second - first) / (many - few)
             if second - first >= min_difference:
                 shutil.rmtree(folder)
-                return max(0.0, first - few * each), each
-            # Far enough for the difference to stand out from noise, by what is known so far.
-            further = 1.3 * min_difference / each if each > 0 else math.inf
-            many = self.batch * math.ceil(min(max(further, 2 * many), 16 * many) / self.batch)
+                return max(0.0, first - few * per_image), per_image
+            # Increase the number of images until the difference exceeds the noise.
+            required = 1.3 * min_difference / per_image if per_image > 0 else math.inf
+            many = self.batch * math.ceil(min(max(required, 2 * many), 16 * many) / self.batch)
 
     def train(self) -> None:
-        """Trains within its share of the budget, unless that was done."""
+        """Trains the stage within its share of the budget, unless it is already trained."""
         budget = self.stage.share * self.study.budget
         settings = {"options": self.options, "seed": self.study.seed, "budget_seconds": budget, "device": DEVICE}
-        name, note = f"{self.method}/{self.stage.name}", self.run / "stage.json"
-        if note.exists():
-            saved = json.loads(note.read_text())
+        name, record = f"{self.method}/{self.stage.name}", self.run / "stage.json"
+        if record.exists():
+            saved = json.loads(record.read_text())
             if {key: saved.get(key) for key in settings} == settings:
-                log(f"{name}: is already trained, on {saved['images']:,} images")
+                log(f"{name}: already trained on {saved['images']:,} images")
                 return
-        log(f"{name}: measuring what an image costs")
-        fixed, each = self.calibrate(budget)
-        images = int((budget - fixed) / each) // self.batch * self.batch
+        log(f"{name}: measuring the time per image")
+        fixed, per_image = self.calibrate(budget)
+        images = int((budget - fixed) / per_image) // self.batch * self.batch
         if images < self.batch:
-            raise UserError(f"{name}: {budget:,.0f} seconds are too few; {fixed:,.0f} pass besides training")
-        log(f"{name}: {each * 1000:.1f} ms per image and {fixed:.0f} s besides; trains on {images:,} images")
-        shutil.rmtree(self.run, ignore_errors=True)  # half a run has no known cost
+            raise UserError(f"{name}: a budget of {budget:,.0f} s is too small; start-up and evaluation take {fixed:,.0f} s")
+        log(f"{name}: {per_image * 1000:.1f} ms per image and {fixed:.0f} s overhead; training on {images:,} images")
+        shutil.rmtree(self.run, ignore_errors=True)  # the cost of an interrupted run is unknown
         self.run.mkdir(parents=True)
-        for stage in self.later:
-            (self.run.with_name(stage.name) / "stage.json").unlink(missing_ok=True)  # they built upon what goes now
-        seconds = spend(self.words(self.run, images), self.run.with_suffix(".log"))
-        measured = {"images": images, "seconds": seconds, "seconds_per_image": each, "fixed_seconds": fixed}
-        note.write_text(json.dumps(settings | measured, indent=2))
+        for stage in self.later_stages:
+            (self.run.with_name(stage.name) / "stage.json").unlink(missing_ok=True)  # they depend on this stage
+        seconds = run_command(self.command(self.run, images), self.run.with_suffix(".log"))
+        measured = {"images": images, "seconds": seconds, "seconds_per_image": per_image, "fixed_seconds": fixed}
+        record.write_text(json.dumps(settings | measured, indent=2))
         log(f"{name}: took {seconds / 60:.1f} of {budget / 60:.1f} minutes")
 
 
 def train_methods(study: Study, methods: list[str]) -> list[str]:
-    """Trains all, `jobs` at a time; returns those that have all their stages."""
+    """Trains methods, `jobs` at a time, and returns those whose stages all succeeded."""
     prepared: dict[str, list[Training]] = {}
     for method in methods:
         try:
@@ -274,7 +274,7 @@ def train_methods(study: Study, methods: list[str]) -> list[str]:
         except UserError as error:
             log(f"{method} is skipped: {error}")
 
-    def all_stages(trainings: list[Training]) -> bool:
+    def train_stages(trainings: list[Training]) -> bool:
         try:
             for training in trainings:
                 training.train()
@@ -285,7 +285,8 @@ def train_methods(study: Study, methods: list[str]) -> list[str]:
 
     pool = ThreadPoolExecutor(study.jobs)
     try:
-        return [method for method, done in zip(prepared, pool.map(all_stages, prepared.values()), strict=True) if done]
+        succeeded = pool.map(train_stages, prepared.values())
+        return [method for method, success in zip(prepared, succeeded, strict=True) if success]
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -294,7 +295,7 @@ def train_methods(study: Study, methods: list[str]) -> list[str]:
 
 
 class TrainedRun:
-    """The EMA weights of a run. Images are in [-1, 1] here and below."""
+    """The EMA weights of a run, for images in [-1, 1]."""
 
     def __init__(self, run: Path) -> None:
         folder = checkpoint.newest_checkpoint(run)
@@ -313,7 +314,7 @@ class TrainedRun:
 
 
 class Pythae:
-    """pythae's VAE and its sampler."""
+    """pythae's VAE and its sampler, for images in [-1, 1]."""
 
     def __init__(self, run: Path, side: int) -> None:
         from pythae.samplers import GaussianMixtureSampler
@@ -321,10 +322,10 @@ class Pythae:
 
         self.model = pythae_model(side)
         self.model.load_state_dict(load_file(run / "model.safetensors"))
-        self.sampler = GaussianMixtureSampler(self.model)  # moves the model to the GPU, and to evaluation
+        self.sampler = GaussianMixtureSampler(self.model)  # moves the model to the GPU, in evaluation mode
         self.sampler.gmm = GaussianMixture()
-        for name, part in load_file(run / "mixture.safetensors").items():
-            setattr(self.sampler.gmm, name, part.numpy())
+        for name, tensor in load_file(run / "mixture.safetensors").items():
+            setattr(self.sampler.gmm, name, tensor.numpy())
         self.sampler.is_fitted = True
 
     def sample(self, num: int, row: Row, seed: int) -> Tensor:
@@ -337,7 +338,7 @@ class Pythae:
         return self.model.decoder(encoded.embedding).reconstruction * 2 - 1
 
     def bits_per_dim(self, held_out: ShardSet, seed: int) -> float | None:
-        """Its loss is that of the density N(x; y, 1) of images in [0, 1], without the constant; counted per grey level."""
+        """Adds the normalizing constant, in grey levels, to its loss, the energy of N(x; y, 1) for images in [0, 1]."""
         torch.manual_seed(seed)
         photos = pixels(held_out)
         dimensions = photos[0].size
@@ -348,18 +349,18 @@ class Pythae:
 
 
 def pixels(shards: ShardSet) -> Images:
-    """All images of a set: uint8 [n, h, w, 3]."""
+    """Returns all images of a set, uint8 [n, h, w, 3]."""
     return np.concatenate([shards.read(number) for number in range(len(shards.shards))])
 
 
 def batches(images: Images) -> list[Tensor]:
-    """In [-1, 1], on the device."""
+    """Returns batches in [-1, 1] on the device."""
     return [normalize_images(part).to(DEVICE) for part in torch.from_numpy(images).split(BATCH)]
 
 
-# ---- Measures --------------------------------------------------------------------------------------------------------
+# ---- Metrics ---------------------------------------------------------------------------------------------------------
 
-# What the table shows of a row, under which title and in which form.
+# Columns of the table: key of a row: (title, format).
 COLUMNS = {
     "name": ("", "{}"),
     "minutes": ("GPU-min" if DEVICE == "cuda" else "CPU-min", "{:.1f}"),
@@ -374,7 +375,7 @@ Rows = list[dict[str, Any]]
 
 
 class DistanceTo:
-    """The Frechet distance of images from the held-out photographs, in features that need no download."""
+    """The Frechet distance to the held-out photographs, with features of EfficientNet-Lite0."""
 
     def __init__(self, held_out: Images) -> None:
         self.extractor = load_extractor("efficientnet_lite0", DEVICE)
@@ -391,48 +392,51 @@ class DistanceTo:
 
 @torch.inference_mode()
 def measure(study: Study, methods: list[str]) -> tuple[Rows, list[tuple[str, Images]]]:
-    """Returns all rows and their pictures; the first row is of training photographs."""
+    """Returns the rows of the table, starting with the training photographs, and the images of the figure."""
     shards = ShardSet.open(study.shards)
     held_out_set, train_set = shards.select("test"), shards.select("train", "unlabeled")
     held_out = pixels(held_out_set)
     distance, count = DistanceTo(held_out), len(held_out)
-    evenly = train_set.load_images(np.linspace(0, len(train_set) - 1, count).astype(np.int64))
-    rows: Rows = [{"name": "training photographs", "method": None, "distance": distance(evenly)}]
+    train_images = train_set.load_images(np.linspace(0, len(train_set) - 1, count).astype(np.int64))
+    rows: Rows = [{"name": "training photographs", "method": None, "distance": distance(train_images)}]
     pictures = [("held-out photographs", held_out[:NUM_PICTURED])]
     for method in methods:
-        log(f"{method}: measuring")
+        log(f"{method}: evaluating")
         folder = study.folder(method)
         model = Pythae(folder, held_out.shape[1]) if method == "pythae" else TrainedRun(folder)
-        pairs = [(part, model.reconstruct(part)) for part in batches(held_out)]
-        notes = [json.loads((study.folder(method, n) / "stage.json").read_text()) for n in range(len(METHODS[method]))]
+        pairs = [(batch, model.reconstruct(batch)) for batch in batches(held_out)]
+        records = [json.loads((study.folder(method, n) / "stage.json").read_text()) for n in range(len(METHODS[method]))]
         measured = {
-            "psnr": float(torch.cat([psnr(part, rebuilt) for part, rebuilt in pairs]).mean()),
+            "psnr": float(torch.cat([psnr(images, reconstructions) for images, reconstructions in pairs]).mean()),
             "bits_per_dim": model.bits_per_dim(held_out_set, study.seed),
-            "distance_of_reconstructions": distance(np.concatenate([to_uint8(rebuilt) for _, rebuilt in pairs])),
+            "distance_of_reconstructions": distance(
+                np.concatenate([to_uint8(reconstructions) for _, reconstructions in pairs])
+            ),
         }
         for row in ROWS:
             if row.method == method:
-                drawn = to_uint8(model.sample(count, row, study.seed))
-                stages = notes[: row.stage + 1] if row.stage >= 0 else notes
-                spent = {"minutes": sum(note["seconds"] for note in stages) / 60, "images": sum(n["images"] for n in stages)}
-                rows.append({"name": row.name, "method": method, **spent, **measured, "distance": distance(drawn)})
-                pictures.append((row.name, drawn[:NUM_PICTURED]))
-    if notebook := least(rows, "notebook"):
+                samples = to_uint8(model.sample(count, row, study.seed))
+                stages = records[: row.stage + 1] if row.stage >= 0 else records
+                minutes = sum(stage["seconds"] for stage in stages) / 60
+                cost = {"minutes": minutes, "images": sum(stage["images"] for stage in stages)}
+                rows.append({"name": row.name, "method": method, **cost, **measured, "distance": distance(samples)})
+                pictures.append((row.name, samples[:NUM_PICTURED]))
+    if notebook := min_distance(rows, "notebook"):
         for row in rows:
             row["over_notebook"] = row["distance"] / notebook
     return rows, pictures
 
 
-def least(rows: Rows, *methods: str) -> float | None:
-    """The smallest distance of some methods."""
+def min_distance(rows: Rows, *methods: str) -> float | None:
+    """Returns the smallest distance of the given methods, or None."""
     return min((row["distance"] for row in rows if row["method"] in methods), default=None)
 
 
-# ---- Table and picture -----------------------------------------------------------------------------------------------
+# ---- Table and figure ------------------------------------------------------------------------------------------------
 
 
 def table(rows: Rows) -> str:
-    """Markdown."""
+    """Returns the table in Markdown."""
     lines = [[title for title, _ in COLUMNS.values()], ["---", *["---:"] * (len(COLUMNS) - 1)]]
     for row in rows:
         lines.append(["-" if row.get(key) is None else form.format(row[key]) for key, (_, form) in COLUMNS.items()])
@@ -440,17 +444,17 @@ def table(rows: Rows) -> str:
 
 
 def ratios(rows: Rows) -> list[str]:
-    """The best distance of this package over those of the others, a line each."""
-    best, lines = least(rows, *(set(METHODS) - set(PEERS))), []
+    """Returns lines with the best distance of vae_scale relative to each peer."""
+    best, lines = min_distance(rows, *(set(METHODS) - set(PEERS))), []
     for peer in PEERS:
-        distance = least(rows, peer)
+        distance = min_distance(rows, peer)
         ratio = "not measured" if best is None or distance is None else f"{best / distance:.2f}"
         lines.append(f"best of vae_scale / {peer}: {ratio}")
     return lines
 
 
 def draw(pictures: list[tuple[str, Images]], path: Path) -> None:
-    """Rows of images, each with its name to the left."""
+    """Saves a figure with one row of images per name."""
     side, margin = pictures[0][1].shape[1], 190
     step = side + 2
     canvas = Image.new("RGB", (margin + NUM_PICTURED * step, len(pictures) * step), "white")
@@ -463,7 +467,7 @@ def draw(pictures: list[tuple[str, Images]], path: Path) -> None:
 
 
 def hardware() -> dict[str, Any]:
-    """Hardware, versions and date."""
+    """Returns hardware, versions and date."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -473,25 +477,33 @@ def hardware() -> dict[str, Any]:
 
 @cli_main
 def main(argv: Any = None) -> None:
-    """Runs the comparison."""
-    parser = argparse.ArgumentParser(description="Compare methods of generating images after equal compute.")
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
+    parser = argparse.ArgumentParser(description="Compare generative models trained with equal compute.")
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="in STL-10's binary layout")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), metavar="DIR", help="default: runs/quality")
-    parser.add_argument("--cpu-minutes", type=float, default=30, metavar="M", help="of each method; on a GPU, its minutes")
+    parser.add_argument(
+        "--cpu-minutes",
+        type=float,
+        default=30,
+        metavar="M",
+        help="CPU minutes per method, or wall-clock minutes on a GPU (default: 30)",
+    )
     parser.add_argument("--only", default=",".join(METHODS), metavar="NAME,...", help="methods (default: all)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="methods trained at a time")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="methods trained in parallel (default: number of cores)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
     args = parser.parse_args(argv)
     methods = args.only.split(",")
     if unknown := set(methods) - set(METHODS):
-        raise UserError(f"--only {','.join(sorted(unknown))}: unknown; there are {', '.join(METHODS)}")
+        raise UserError(f"--only {','.join(sorted(unknown))}: unknown; choose from {', '.join(METHODS)}")
     photos, out = args.photos.resolve(), args.out.resolve()
-    os.chdir(ROOT)  # where the configurations are
-    # On a GPU seconds are those of the clock, so a method needs it for itself.
+    os.chdir(ROOT)  # paths of configurations are relative to it
+    # On a GPU, wall-clock time is measured, so methods are trained one at a time.
     study = Study(out, args.seed, 60 * args.cpu_minutes, 1 if DEVICE == "cuda" else args.jobs)
     if not (study.shards / "index.json").exists():
         pack = ["-m", "vae_scale.pack", "--source=stl10", f"--data={photos}", f"--out={study.shards}"]
-        spend([sys.executable, *pack], study.out / "pack.log")
+        run_command([sys.executable, *pack], study.out / "pack.log")
     rows, pictures = measure(study, train_methods(study, methods))
 
     host, lines = hardware(), ratios(rows)

@@ -1,10 +1,10 @@
-"""Efficiency of data-parallel training on many GPUs, predicted from the step of one GPU, or measured on two CPU cores.
+"""Efficiency of data-parallel training on many GPUs, predicted from the step time of one GPU, or measured on two CPU cores.
 
     python tests/benchmarks/scaling.py --config configs/stl10.yaml --tflops 396
     python tests/benchmarks/scaling.py --config configs/small.yaml --data.shards DIR
 
-With --step-ms or --tflops it predicts; without, it measures two processes together and alone. All other options are those of
-vae_scale.train.
+With --step-ms or --tflops the efficiency is predicted; otherwise two data-parallel processes are measured against two
+independent ones. All other options are those of vae_scale.train.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from vae_scale.models.networks import build_model
 from vae_scale.training.objectives import ELBO
 
 GPUS = (1, 8, 16, 64, 256, 1024, 4096)
-SIDE = 96  # pixels of an image of STL-10
+SIDE = 96  # height and width of STL-10 images
 IMAGE_BYTES = 3 * SIDE**2
-BUCKET = 25 * 2**20  # bytes that DDP exchanges at once, by default
-BACKWARD = 2 / 3  # of a step: gradients of weights and of activations, each as costly as the forward pass
-SMALL = 2  # exchanges of a few bytes in a step: the model's buffers, and what is logged
+BUCKET = 25 * 2**20  # bytes of a DDP gradient bucket, by default
+BACKWARD = 2 / 3  # fraction of a step: gradients of weights and of activations each cost as much as the forward pass
+SMALL = 2  # collectives of a few bytes per step: the buffers of the model, and the logged metrics
 
 
 @dataclass(frozen=True)
 class Link:
-    """What a message takes: `seconds` and its size over `bytes_per_second` (each way)."""
+    """A connection on which a message takes `seconds` plus its size over `bytes_per_second` (per direction)."""
 
     bytes_per_second: float
     seconds: float
@@ -44,16 +44,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Machines of equal GPUs.
+    """Nodes of identical GPUs.
 
     Attributes:
-        node: GPUs of a machine.
-        link: Of a GPU to the others of its machine.
-        network: Of a machine to the others, all of its adapters together.
-        overlap: Share of the backward pass during which gradients are exchanged without slowing it: 1 on GPUs, whose copies
-            go on beside, 0 where the cores that compute also copy.
-        loader: Images per second that a process gets ready.
-        storage: Bytes per second that all machines together read; infinite where each holds the set.
+        node: GPUs per node.
+        link: Connection of a GPU to the other GPUs of its node.
+        network: Connection of a node to the other nodes, with all of its adapters.
+        overlap: Fraction of the backward pass that can overlap with communication: 1 on GPUs, 0 if computation and
+            communication use the same cores.
+        loader: Images per second loaded by a process.
+        storage: Bytes per second read by all nodes together; infinite if each node holds the data.
     """
 
     node: int
@@ -66,15 +66,15 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """The share of a GPU in a training.
+    """The work of one GPU.
 
     Attributes:
-        step_seconds: Of a step of one GPU alone.
-        images: Per step.
-        gradient_bytes: That each GPU exchanges in a step.
-        draw_seconds: For the random numbers of one image. Each process draws those of the global batch.
-        deviation: Standard deviation of a step's time, over the time.
-        streams: Parts of a batch that come from different shards (`data.streams`).
+        step_seconds: Duration of a step on a single GPU.
+        images: Images per step.
+        gradient_bytes: Bytes of gradients all-reduced per step.
+        draw_seconds: Time to draw the random inputs of one image. Each process draws those of the global batch.
+        deviation: Relative standard deviation of the step time.
+        streams: Number of streams of shards in a batch (`data.streams`).
     """
 
     step_seconds: float
@@ -87,14 +87,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step on `gpus` GPUs.
+    """The predicted step on `gpus` GPUs.
 
     Attributes:
-        gpus: Processes, one for each GPU.
-        images: Of a step, on all of them.
-        exchange_seconds: For the gradients, hidden or not.
-        lost: Seconds by which a step is longer than that of one GPU alone, by what causes them.
-        step_seconds: Of a step.
+        gpus: Number of processes, one per GPU.
+        images: Global batch size.
+        exchange_seconds: Time of gradient communication, including the part hidden by the backward pass.
+        lost: Seconds by which a step is longer than on a single GPU, by cause.
+        step_seconds: Duration of a step.
     """
 
     gpus: int
@@ -105,78 +105,78 @@ class Prediction:
 
     @property
     def efficiency(self) -> float:
-        """A step of one GPU alone over this one, for as many images per GPU."""
+        """Step time of a single GPU over this step time, for the same number of images per GPU."""
         return 1 - sum(self.lost.values()) / self.step_seconds
 
     @property
     def limit(self) -> str:
-        """What costs the most time."""
-        worst = max(self.lost, key=self.lost.__getitem__)
-        return worst if self.lost[worst] > 0 else "-"
+        """The cause of the largest loss of time, or "-"."""
+        cause = max(self.lost, key=self.lost.__getitem__)
+        return cause if self.lost[cause] > 0 else "-"
 
 
-def exchange(gpus: int, size: float, messages: int, cluster: Cluster) -> float:
-    """Seconds in which `gpus` GPUs sum `size` bytes, in `messages` parts one after the other.
+def all_reduce_seconds(gpus: int, size: float, messages: int, cluster: Cluster) -> float:
+    """Returns the time in which `gpus` GPUs all-reduce `size` bytes, in `messages` sequential messages.
 
-    Within a machine of g GPUs each part is reduced and scattered in a ring and, at the end, gathered in a ring: 2 (g - 1)
-    messages, 2 (g - 1) / g of the bytes through each link (Patarasuk & Yuan, 2009). In between, each GPU sums its part with
-    its like on m machines in 2 log2(m) messages, by which 2 (m - 1) / m of the bytes pass each machine's adapters (halving and
-    doubling, Thakur, Rabenseifner & Gropp, 2005; two trees, Sanders, Speck & Traeff, 2009).
+    Within a node of g GPUs, a ring reduce-scatter and a ring all-gather take 2 (g - 1) messages and send 2 (g - 1) / g of the
+    bytes through each link (Patarasuk & Yuan, 2009). Between them, an all-reduce across m nodes takes 2 log2(m) messages and
+    sends 2 (m - 1) / m of the bytes through the adapters of each node (halving and doubling, Thakur, Rabenseifner & Gropp,
+    2005; two trees, Sanders, Speck & Traeff, 2009).
     """
     local = min(gpus, cluster.node)
-    machines = -(-gpus // local)
+    nodes = -(-gpus // local)
     ring = 2 * (local - 1) * (messages * cluster.link.seconds + size / local / cluster.link.bytes_per_second)
-    rounds = 2 * math.ceil(math.log2(machines)) * messages * cluster.network.seconds
-    return ring + rounds + 2 * (machines - 1) / machines * size / cluster.network.bytes_per_second
+    rounds = 2 * math.ceil(math.log2(nodes)) * messages * cluster.network.seconds
+    return ring + rounds + 2 * (nodes - 1) / nodes * size / cluster.network.bytes_per_second
 
 
-def latest(gpus: int) -> float:
-    """Expected greatest of `gpus` numbers from N(0, 1), nearly (Blom, 1958, with alpha = 3/8)."""
+def expected_maximum(gpus: int) -> float:
+    """Returns the approximate expected maximum of `gpus` samples of N(0, 1) (Blom, 1958, with alpha = 3/8)."""
     return NormalDist().inv_cdf((gpus - 0.375) / (gpus + 0.25))
 
 
 def predict(gpus: int, job: Job, cluster: Cluster) -> Prediction:
-    """A step of `gpus` GPUs that take `job.images` images each.
+    """Predicts a step of `gpus` GPUs with `job.images` images each.
 
-    What DDP exchanges goes in buckets, the first as soon as the backward pass has filled it. So the last one is waited for, and
-    what of the others takes longer than the backward pass. Images come meanwhile: only a slower loader is waited for.
+    DDP all-reduces gradients in buckets during the backward pass. The last bucket is never hidden; the others are, up to the
+    duration of the backward pass. Data loading is hidden unless it takes longer than the step.
     """
     buckets = max(1, math.ceil(job.gradient_bytes / BUCKET))
-    whole = exchange(gpus, job.gradient_bytes, buckets, cluster)
-    last = exchange(gpus, min(job.gradient_bytes, BUCKET), 1, cluster)
-    small = exchange(gpus, 0, SMALL, cluster)
-    hidden = min(whole - last, cluster.overlap * BACKWARD * job.step_seconds) if cluster.overlap else 0.0
+    total = all_reduce_seconds(gpus, job.gradient_bytes, buckets, cluster)
+    last = all_reduce_seconds(gpus, min(job.gradient_bytes, BUCKET), 1, cluster)
+    small = all_reduce_seconds(gpus, 0, SMALL, cluster)
+    hidden = min(total - last, cluster.overlap * BACKWARD * job.step_seconds) if cluster.overlap else 0.0
     images = gpus * job.images
-    machines = -(-gpus // cluster.node)
+    nodes = -(-gpus // cluster.node)
     lost = {
-        "exchange": whole - hidden + small,
+        "exchange": total - hidden + small,
         "random numbers": (images - job.images) * job.draw_seconds,
-        "stragglers": job.step_seconds * job.deviation * latest(gpus),
+        "stragglers": job.step_seconds * job.deviation * expected_maximum(gpus),
     }
     busy = job.step_seconds + sum(lost.values())
-    # With one stream each machine needs images of all shards in turn, and so reads the whole set.
-    read = images * IMAGE_BYTES * machines / min(job.streams, machines) / cluster.storage
-    loaded = job.images / cluster.loader
-    lost["storage" if read > loaded else "loader"] = max(0.0, max(read, loaded) - busy)
-    return Prediction(gpus, images, whole + small, lost, job.step_seconds + sum(lost.values()))
+    # With a single stream, the images of each node come from all shards, so each node reads the full data set.
+    read_seconds = images * IMAGE_BYTES * nodes / min(job.streams, nodes) / cluster.storage
+    load_seconds = job.images / cluster.loader
+    lost["storage" if read_seconds > load_seconds else "loader"] = max(0.0, max(read_seconds, load_seconds) - busy)
+    return Prediction(gpus, images, total + small, lost, job.step_seconds + sum(lost.values()))
 
 
-def weak(job: Job, cluster: Cluster) -> list[Prediction]:
-    """From one GPU to thousands, each with as many images."""
+def weak_scaling(job: Job, cluster: Cluster) -> list[Prediction]:
+    """Returns predictions with a constant number of images per GPU."""
     return [predict(gpus, job, cluster) for gpus in GPUS]
 
 
-def strong(job: Job, batch: int, cluster: Cluster) -> list[Prediction]:
-    """From one GPU to as many as a batch of `batch` images can be shared by, if a step takes as long as it has images."""
-    shares = [(gpus, batch // gpus) for gpus in GPUS if batch % gpus == 0]
+def strong_scaling(job: Job, batch: int, cluster: Cluster) -> list[Prediction]:
+    """Returns predictions with a constant global batch size, for step times proportional to the images per GPU."""
     return [
-        predict(gpus, replace(job, images=share, step_seconds=job.step_seconds * share / job.images), cluster)
-        for gpus, share in shares
+        predict(gpus, replace(job, images=batch // gpus, step_seconds=job.step_seconds * (batch // gpus) / job.images), cluster)
+        for gpus in GPUS
+        if batch % gpus == 0
     ]
 
 
 def table(predictions: list[Prediction]) -> list[list[str]]:
-    """Lines of cells, the first of which is the heading."""
+    """Returns the rows of a table, header first."""
     times = ["step (ms)", "exchange (ms)", "not hidden (ms)"]
     lines = [["GPUs", "images per step", *times, "images/s", "efficiency", "most lost to"]]
     for prediction in predictions:
@@ -191,13 +191,13 @@ def table(predictions: list[Prediction]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Size:
-    """Of what is trained.
+    """The size of a model.
 
     Attributes:
-        parameters: All of them.
-        gradient_bytes: As processes exchange them, whatever the precision of the step.
-        latents: Numbers of an image's latent.
-        flops: Floating-point operations of an image's gradients.
+        parameters: Number of parameters.
+        gradient_bytes: Bytes of gradients in `train.grad_reduce_dtype`.
+        latents: Number of values in the latent of an image.
+        flops: Floating-point operations of forward and backward pass per image.
     """
 
     parameters: int
@@ -207,50 +207,50 @@ class Size:
 
 
 def size(config: Config) -> Size:
-    """Counted on a network without weights, for images of STL-10's size.
+    """Returns the size of a configured model, counted on the meta device for images of STL-10's size.
 
     Raises:
-        UserError: the configuration is one of the second stage.
+        UserError: `prior.vae` is set.
     """
     if config.prior.vae is not None:
-        raise UserError("prior.vae is set; bench scaling knows the first stage only")
+        raise UserError("prior.vae is set; scaling.py supports only the first stage")
     with torch.device("meta"):
         model = build_model(config.model, SIDE)
         if config.objective.uses_discriminator:
             model.discriminator = Discriminator(config.objective.discriminator_width)
         images = torch.empty(1, SIDE, SIDE, 3, dtype=torch.uint8)
-        draws = {"noise": torch.empty(1, *model.latent_shape)}
+        random_inputs = {"noise": torch.empty(1, *model.latent_shape)}
         objective, one = ELBO(model, config), torch.ones(())
 
         def loss() -> Tensor:
-            return objective(images, draws, one, one)[0]
+            return objective(images, random_inputs, one, one)[0]
 
         flops = count_flops(loss)
-    parameters = sum(part.numel() for part in model.parameters())
-    each = 2 if config.train.grad_reduce_dtype == "bf16" else 4
-    return Size(parameters, each * parameters, math.prod(model.latent_shape), flops)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    itemsize = 2 if config.train.grad_reduce_dtype == "bf16" else 4
+    return Size(parameters, itemsize * parameters, math.prod(model.latent_shape), flops)
 
 
 HOP_SECONDS, ROUND_SECONDS = 3.4e-6, 10e-6  # latency within a node and between nodes (NCCL's tuning.cc, Hopper's NVLink)
-LINK_UTILIZATION = 0.8  # of a link's bandwidth, by large messages
-NORMALS_PER_SECOND = 1e11  # drawn by a GPU
+LINK_UTILIZATION = 0.8  # achieved fraction of the bandwidth of a link, for large messages
+NORMALS_PER_SECOND = 1e11  # normal random numbers generated by a GPU
 CLUSTER_OPTIONS = [
     ("--gpus-per-node", 8, "GPUs per node, which share the configured batch (default: 8)"),
-    ("--link-gbps", 3600.0, "Gbit/s from a GPU to the others of its node, each way (default: 3600, NVLink 4)"),
-    ("--node-gbps", 3200.0, "Gbit/s from a node to the others, each way, all adapters (default: 3200, eight of 400)"),
-    ("--storage-gbps", math.inf, "Gbit/s that all nodes read together (default: no limit, each holds the set)"),
-    ("--loader-images-per-second", math.inf, "per process, as bench data measures it (default: no limit)"),
-    ("--jitter", 0.0, "standard deviation of a step's time on one GPU, in percent (default: 0)"),
+    ("--link-gbps", 3600.0, "Gbit/s per direction between a GPU and the others of its node (default: 3600, NVLink 4)"),
+    ("--node-gbps", 3200.0, "Gbit/s per direction of all adapters of a node (default: 3200, eight of 400)"),
+    ("--storage-gbps", math.inf, "Gbit/s read by all nodes together (default: no limit, each node holds the data)"),
+    ("--loader-images-per-second", math.inf, "loading speed per process, as measured by bench data (default: no limit)"),
+    ("--jitter", 0.0, "standard deviation of the step time of a GPU, in percent (default: 0)"),
 ]
 
 
 @cli_main
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line `argv`, which defaults to the process's own."""
+    """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     parser = argparse.ArgumentParser(description="Predict or measure scaling efficiency.", allow_abbrev=False)
     time = parser.add_mutually_exclusive_group()
-    time.add_argument("--step-ms", type=float, metavar="MS", help="predict for GPUs whose step takes MS")
-    time.add_argument("--tflops", type=float, metavar="N", help="predict for GPUs that reach N TFLOP/s in a step")
+    time.add_argument("--step-ms", type=float, metavar="MS", help="predict for GPUs with a step time of MS")
+    time.add_argument("--tflops", type=float, metavar="N", help="predict for GPUs with N TFLOP/s in a step")
     for name, default, text in CLUSTER_OPTIONS:
         parser.add_argument(name, type=type(default), default=default, metavar="N", help=text)
     add_measuring_options(parser)
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_predictions(args: argparse.Namespace, config: Config) -> None:
-    """Prints predictions for a batch that grows with the number of GPUs, and for a fixed batch."""
+    """Prints predictions of weak and strong scaling."""
     job_size, batch = size(config), config.train.global_batch_size
     if batch % args.gpus_per_node:
         raise UserError(f"--gpus-per-node is {args.gpus_per_node}; it must divide train.batch_size, {batch}")
@@ -280,7 +280,7 @@ def print_predictions(args: argparse.Namespace, config: Config) -> None:
     cluster = Cluster(args.gpus_per_node, link, network, loader=loader, storage=storage)
     draw_seconds = job_size.latents / NORMALS_PER_SECOND
     job = Job(seconds, images, job_size.gradient_bytes, draw_seconds, args.jitter / 100, config.data.streams)
-    growing, fixed = weak(job, cluster), strong(job, batch, cluster)
+    growing, fixed = weak_scaling(job, cluster), strong_scaling(job, batch, cluster)
     print(
         f"{job_size.parameters:,} parameters, {job_size.flops / 1e9:,.2f} GFLOP per image, {images} images per GPU in ", end=""
     )
@@ -291,7 +291,9 @@ def print_predictions(args: argparse.Namespace, config: Config) -> None:
     if args.json:
         ratios = {f"efficiency_{prediction.gpus}": prediction.efficiency for prediction in growing}
         rows = {"growing_batch": growing, "fixed_batch": fixed}
-        write_json(args.json, {"ratios": ratios} | {name: [asdict(each) for each in row] for name, row in rows.items()})
+        write_json(
+            args.json, {"ratios": ratios} | {name: [asdict(prediction) for prediction in row] for name, row in rows.items()}
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Kills a training run repeatedly and checks that nothing is lost (`make soak`).
+"""Kills a training run repeatedly and checks that it resumes exactly (`make soak`).
 
-A run on small data is trained once without interruption. The same command is then restarted after every SIGKILL of all its
-processes: during start-up, during training, and while a checkpoint is written. Its last checkpoint and its logged losses must
-be bit-identical to those of the uninterrupted run; every image of every epoch must be read once, except those after the
-checkpoint that it resumes from; and it must resume from the newest complete checkpoint, whose hashes are verified here.
+A reference run is trained without interruption. The same command is then restarted after every SIGKILL of all its processes,
+sent during start-up, during training, and while a checkpoint is written. The last checkpoint and the logged losses must be
+bit-identical to those of the reference run; every image must be read once per epoch, apart from those repeated after resuming;
+and the run must resume from the newest complete checkpoint, whose hashes are verified independently.
 """
 
 import argparse
@@ -52,8 +52,8 @@ class SoakReport:
         restarts: Starts after a kill.
         lost: Images missing from an epoch, or read more than once.
         repeated: Maximum number of images read again after a restart.
-        torn: Restarts from anything but the newest complete checkpoint.
-        differences: What differs from the uninterrupted run.
+        torn: Restarts that did not resume from the newest complete checkpoint.
+        differences: Differences from the reference run.
     """
 
     kills: int = 0
@@ -66,7 +66,7 @@ class SoakReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was lost. A checkpoint is written while training continues, so up to two intervals are repeated."""
+        """Whether the runs are equal. Checkpoints are written asynchronously, so up to two intervals may be repeated."""
         return not (self.lost or self.torn or self.differences) and self.repeated <= 2 * EVERY
 
     def table(self) -> str:
@@ -85,15 +85,15 @@ class SoakReport:
 
 
 class Soak:
-    """A run that is killed repeatedly, and an uninterrupted one.
+    """A run that is killed repeatedly, and an uninterrupted reference run.
 
     Args:
         folder: Output folder.
         shards: Training data.
-        processes: Processes of each run.
-        precision: Precision of both.
+        processes: Number of processes of each run.
+        precision: Precision of both runs.
         images: Images to train on.
-        seed: Keys the times of the kills.
+        seed: Seed of the times of the kills.
     """
 
     def __init__(self, folder: Path, shards: Path, processes: int, precision: str, images: int, seed: int) -> None:
@@ -110,8 +110,8 @@ class Soak:
             f"--evaluate.every={5 * EVERY}",
             "--track.tracker=none",
         ]
-        self._starts: list[int] = []  # images seen at the beginning of each start that trained
-        self._read: list[list[list[int]]] = []  # and the batches of each
+        self._starts: list[int] = []  # images seen at the beginning of each start that read images
+        self._read: list[list[list[int]]] = []  # batches read by each of these starts
         self.report = SoakReport()
 
     def soak(self, kills: int, on_kill: Callable[[], object] = lambda: None) -> SoakReport:
@@ -133,10 +133,10 @@ class Soak:
     def _start(self, run: Path, name: str) -> subprocess.Popen[bytes]:
         record_dir = self.folder / f"{name}.read"
         record_dir.mkdir()
-        self._began = time.time()
-        words = command(self._processes, *self._options, f"--run={run}", program=RECORD)
+        self._start_time = time.time()
+        arguments = command(self._processes, *self._options, f"--run={run}", program=RECORD)
         with (self.folder / f"{name}.log").open("w") as log:
-            return subprocess.Popen(words, env=environment(RECORD_DIR=str(record_dir)), stdout=log, stderr=log)
+            return subprocess.Popen(arguments, env=environment(RECORD_DIR=str(record_dir)), stdout=log, stderr=log)
 
     def _finish(self, process: subprocess.Popen[bytes]) -> None:
         try:
@@ -147,10 +147,10 @@ class Soak:
             raise RuntimeError(f"training ended with exit code {code}: see {self.folder}")
 
     def _run_and_kill(self, steps: int) -> bool:
-        """Starts the run, kills it at a random time and records what it did. Returns False if it finished before.
+        """Starts the run, kills it at a random time and records its batches. Returns False if it finished before the kill.
 
         Args:
-            steps: Steps before the kill, unless the kill comes during start-up or while a checkpoint is written.
+            steps: Steps before the kill, unless it is sent during start-up or while a checkpoint is written.
         """
         expected, number, moment = self._newest_complete(), str(self.report.restarts), self._random.random()
         process = self._start(self.run, number)
@@ -178,32 +178,32 @@ class Soak:
         self._finish(self._start(self.run, number))
         self._record(number, expected)
 
-    def _wait(self, process: subprocess.Popen[bytes], over: Callable[[], bool]) -> None:
+    def _wait(self, process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
         begin = time.monotonic()
-        while not over() and process.poll() is None:
+        while not condition() and process.poll() is None:
             if time.monotonic() - begin > TIMEOUT:
                 raise RuntimeError(f"no progress for {TIMEOUT:g} s: see {self.folder}")
             time.sleep(0.002)
 
     def _writing(self) -> bool:
-        """Whether a checkpoint was begun since the last start and is incomplete."""
-        begun = 0.0
+        """Whether a checkpoint begun since the last start is incomplete."""
+        newest = 0.0
         for path in (self.run / "checkpoints").glob(".images_*.tmp"):
             with contextlib.suppress(FileNotFoundError):
-                begun = max(begun, path.stat().st_mtime)
-        return begun > self._began
+                newest = max(newest, path.stat().st_mtime)
+        return newest > self._start_time
 
     def _batches(self, name: str) -> list[list[int]]:
-        """The global batches that all processes read in the start `name`."""
-        shares = []
+        """Returns the global batches read by all processes in the start `name`."""
+        by_rank = []
         for rank in range(self._processes):
             path = self.folder / f"{name}.read" / f"rank_{rank}_of_{self._processes}.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            shares.append([json.loads(line) for line in lines if line.endswith("\n")])
-        return [[row for share in step for row in share] for step in zip(*shares, strict=False)]
+            by_rank.append([json.loads(line) for line in lines if line.endswith("\n")])
+        return [[row for rows in step for row in rows] for step in zip(*by_rank, strict=False)]
 
     def _newest_complete(self) -> int | None:
-        """Images seen by the newest checkpoint that matches its manifest."""
+        """Returns the images seen of the newest checkpoint that matches its manifest."""
         complete = [path for path in (self.run / "checkpoints").glob("images_*") if _is_complete(path)]
         return max((int(path.name.removeprefix("images_")) for path in complete), default=None)
 
@@ -238,18 +238,18 @@ class Soak:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills all processes. Those of the launcher have sessions of their own; it is suspended so that it starts no others."""
+    """Kills a process and its descendants. The launcher is suspended first, so that it does not start others."""
     if process.poll() is None:
         launcher = psutil.Process(process.pid)
         launcher.suspend()
-        for each in [*launcher.children(recursive=True), launcher]:
+        for child in [*launcher.children(recursive=True), launcher]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+                child.kill()
     process.wait()
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether a checkpoint matches its manifest; independent of the trainer's own check, which is under test."""
+    """Whether a checkpoint matches its manifest, independently of the trainer's check, which is under test."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"] for name, entry in files.items())
@@ -268,7 +268,7 @@ def _losses(run: Path) -> list[tuple[int, float, float]]:
 
 
 def pack_discs(folder: Path) -> Path:
-    """Packs a small synthetic set of images of discs."""
+    """Packs a small set of synthetic images of discs."""
     binaries, out = folder / "stl10_binary", folder / "shards"
     splits = {
         name: iter([(discs(count, seed), [row % 10 for row in range(count)])])
@@ -282,11 +282,11 @@ def pack_discs(folder: Path) -> Path:
 def main() -> int:
     """Runs the script and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="number of kills (default: 50)")
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--seed", type=int, default=0, help="keys the times of the kills")
-    parser.add_argument("--steps", type=int, default=50, help="of the run, per kill")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
+    parser.add_argument("--steps", type=int, default=50, help="steps of the run per kill (default: 50)")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     soak = Soak(folder, pack_discs(folder), args.processes, args.precision, args.kills * args.steps * BATCH, args.seed)

@@ -37,8 +37,8 @@ from vae_scale.models.networks import build_model
 from vae_scale.models.vae import VAE
 from vae_scale.training.trainer import Trainer
 
-IMAGES = 2_000  # that the others get, or the most whole batches among them
-MIN_STEPS = 6  # of a run; the first is not counted
+IMAGES = 2_000  # training images of the peers, rounded down to full batches
+MIN_STEPS = 6  # per run; the first is not measured
 REMEDY = "pip install 'vae_scale[bench]'"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,7 +47,7 @@ OnStepEnd = Callable[[Tensor], None]  # called with the loss, a scalar
 
 @dataclass
 class Peer:
-    """A training loop. Runs continue from each other; loops that differ only in their workers share a model.
+    """A training loop. Each run continues the previous one; loops that differ only in their workers share a model.
 
     Attributes:
         name: Name in tables.
@@ -71,19 +71,19 @@ class Peer:
     _steps: int = MIN_STEPS
 
     def run(self) -> float:
-        """Images per second, from the end of the first step, which waits for workers to start, to the end of the last."""
+        """Returns images per second from the end of the first step, which includes the start of workers, to the last step."""
         times: list[float] = []
         losses: list[Tensor] = []
 
-        def ended(loss: Tensor) -> None:
+        def on_step_end(loss: Tensor) -> None:
             losses.append(loss.detach().float())
             if len(losses) in (1, self._steps):
                 synchronize(self.device)
                 times.append(time.perf_counter())
 
-        self.train(self._steps, ended)
-        began, done = times
-        speed = (self._steps - 1) * self.batch / (done - began)
+        self.train(self._steps, on_step_end)
+        begin, end = times
+        speed = (self._steps - 1) * self.batch / (end - begin)
         self.losses += torch.stack(losses).tolist()
         self._steps = max(MIN_STEPS, math.ceil(speed * self.seconds / self.batch))
         return speed
@@ -96,7 +96,7 @@ class Peer:
 
 
 def peers(trainer: Trainer, seconds: float, scratch: Path, families: Sequence[str] = ()) -> tuple[list[Peer], dict[str, str]]:
-    """Creates loops that train what a trainer trains.
+    """Creates training loops with the configuration of a trainer.
 
     Args:
         trainer: The reference.
@@ -116,10 +116,10 @@ def peers(trainer: Trainer, seconds: float, scratch: Path, families: Sequence[st
         raise UserError(f"--peers has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
     if config.prior.vae is not None or config.objective.uses_discriminator:
         raise UserError(
-            "--peers goes with the training of a VAE: without prior.vae, objective.adversarial_weight and .perceptual"
+            "--peers requires the training of a VAE without prior.vae, objective.adversarial_weight and .perceptual"
         )
     if train_set.image_shape[:2] != (SIDE, SIDE):
-        raise UserError(f"--peers reads STL-10's own files, so the shards' images must be {SIDE}x{SIDE}")
+        raise UserError(f"--peers reads STL-10 binaries, so the images must be {SIDE}x{SIDE}")
     batch = config.train.global_batch_size
     count = min(len(train_set), max(IMAGES, batch)) // batch * batch
     if not count:
@@ -149,29 +149,26 @@ def compare(speed: float, loops: list[Peer], rows: Mapping[str, Row]) -> tuple[d
         loops: Loops after their runs.
         rows: Their measurements, by name.
     """
-    idle = {peer.name: "does not learn: its loss did not fall" for peer in loops if not peer.learns}
+    not_learning = {peer.name: "does not learn: its loss did not decrease" for peer in loops if not peer.learns}
     best: dict[str, float] = {}
     for peer in loops:
-        if peer.name not in idle:
+        if peer.name not in not_learning:
             best[peer.family] = max(best.get(peer.family, 0.0), rows[peer.name].median)
-    ratios = {f"over_{family}": speed / other for family, other in best.items()}
+    ratios = {f"over_{family}": speed / peer_speed for family, peer_speed in best.items()}
     if ratios:
         ratios["over_fastest_peer"] = min(ratios.values())
-    return ratios, idle
+    return ratios, not_learning
 
 
 def plain(model: VAE) -> VAE:
-    """Returns an equivalent copy built from torch's own layers, in contiguous memory.
-
-    GroupNorm is torch's, and PixelShuffle and PixelUnshuffle, which keep memory contiguous, fold and unfold pixels.
-    """
+    """Returns an equivalent copy with layers of torch.nn (GroupNorm, PixelShuffle, PixelUnshuffle), in contiguous memory."""
     model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.GroupNorm):
-                own = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps)
-                own.load_state_dict(layer.state_dict())
-                setattr(parent, name, own.to(layer.weight.device))
+                norm = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps)
+                norm.load_state_dict(layer.state_dict())
+                setattr(parent, name, norm.to(layer.weight.device))
             elif isinstance(layer, Downsample):
                 setattr(parent, name, _fold(layer.proj, 2))
             elif isinstance(layer, Upsample):
@@ -180,12 +177,12 @@ def plain(model: VAE) -> VAE:
         encoder: Any = model.encoder
         decoder: Any = model.decoder
         encoder.stem, decoder.head = _fold(encoder.stem, encoder.patch), _unfold(decoder.head, decoder.patch)
-        encoder.patch = decoder.patch = 1  # what is left for the networks themselves to fold
+        encoder.patch = decoder.patch = 1  # disables folding in the networks
     return model
 
 
 def _fold(layer: nn.Conv2d, side: int) -> nn.Module:
-    """Our channels are ordered by place, then colour; PixelUnshuffle's by colour, then place."""
+    """Prepends PixelUnshuffle, which orders channels by color, then position; space_to_depth orders by position, then color."""
     weight = rearrange(layer.weight.detach(), "o (p q c) h w -> o (c p q) h w", p=side, q=side)
     layer.weight = nn.Parameter(weight.contiguous())
     return nn.Sequential(nn.PixelUnshuffle(side), layer)
@@ -200,14 +197,14 @@ def _unfold(layer: nn.Conv2d, side: int) -> nn.Module:
 
 
 class Loss(nn.Module):
-    """The negative ELBO in nats per image, as a module of its own."""
+    """The negative ELBO in nats per image."""
 
     def __init__(self, model: VAE) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images [b, 3, h, w] in [0, 1] to a scalar; noise is N(0, I), [b, *latent_shape], drawn where it is not given."""
+        """Maps images [b, 3, h, w] in [0, 1] to a scalar. `noise`, [b, *latent_shape], is drawn from N(0, I) by default."""
         if noise is None:
             noise = torch.randn(len(images), *self.model.latent_shape, device=images.device)
         terms: Tensor = self.model(2 * images - 1, noise).elbo
@@ -216,14 +213,14 @@ class Loss(nn.Module):
 
 @dataclass
 class _Common:
-    """What all peers share."""
+    """Settings common to all peers."""
 
     config: Config
     images: Images
     scratch: Path
     device: torch.device
-    mixed: str  # precision in Accelerate's words: no, bf16 or fp16
-    compiled: bool  # whether the trainer is compiled, and with it loops whose documentation recommends it
+    mixed: str  # Accelerate's mixed_precision: no, bf16 or fp16
+    compiled: bool  # whether to compile loops whose documentation recommends it, as the trainer is compiled
     seconds: float
 
     def write(self) -> None:
@@ -242,8 +239,8 @@ class _Common:
             def _check_integrity(self) -> bool:
                 return True  # only the official files pass its md5 check
 
-        first = [RandomHorizontalFlip()] if self.config.data.horizontal_flip else []
-        stl10 = Unchecked(str(self.scratch), split="unlabeled", transform=Compose([*first, ToTensor(), *transforms]))
+        flip = [RandomHorizontalFlip()] if self.config.data.horizontal_flip else []
+        stl10 = Unchecked(str(self.scratch), split="unlabeled", transform=Compose([*flip, ToTensor(), *transforms]))
         pinned = workers > 0 and self.device.type == "cuda"
         settings: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pinned}
         return DataLoader(stl10, self.config.train.global_batch_size, shuffle=True, **settings)
@@ -254,97 +251,97 @@ class _Common:
 
 
 def _notebook(common: _Common) -> list[Peer]:
-    """The seed notebook's loop: Adam, no workers, and the loss read in every step. With its own network in fp32, as there."""
-    own = common.config.model.network == "seed_notebook"
-    common = replace(common, mixed="no") if own else common
-    loss_of = Loss(common.network())
-    optimizer = torch.optim.Adam(loss_of.parameters(), lr=common.config.optimizer.lr)
-    train = _loop(common, loss_of, optimizer, common.loader(0), torch.contiguous_format, torch.Tensor.item)
-    return [common.peer("notebook", "its own loop in fp32" if own else "its loop, 0 workers", loss_of, train)]
+    """The loop of the seed notebook: Adam, no workers, and loss.item() in every step; fp32 for the notebook's network."""
+    is_notebook = common.config.model.network == "seed_notebook"
+    common = replace(common, mixed="no") if is_notebook else common
+    loss_fn = Loss(common.network())
+    optimizer = torch.optim.Adam(loss_fn.parameters(), lr=common.config.optimizer.lr)
+    train = _loop(common, loss_fn, optimizer, common.loader(0), torch.contiguous_format, torch.Tensor.item)
+    return [common.peer("notebook", "its own loop in fp32" if is_notebook else "its loop, 0 workers", loss_fn, train)]
 
 
 def _torch(common: _Common) -> list[Peer]:
     """A loop as in PyTorch's performance tuning guide.
 
-    Fused optimizer, no device synchronization, pinned memory, torch.compile where the trainer uses it, workers and
-    channels_last. The last two do not help everywhere, so they are also omitted in a second variant.
+    Fused optimizer, no device synchronization, pinned memory, torch.compile if the trainer uses it, workers and
+    channels_last. The last two are not always faster, so a second variant omits them.
     """
 
     def peer(layout: torch.memory_format, workers: int) -> Peer:
-        loss_of = Loss(common.network()).to(memory_format=layout)
+        loss_fn = Loss(common.network()).to(memory_format=layout)
         if common.compiled:
-            loss_of.compile()
-        optimizer = torch.optim.Adam(loss_of.parameters(), lr=common.config.optimizer.lr, fused=True)
-        train = _loop(common, loss_of, optimizer, common.loader(workers), layout, lambda loss: None)
+            loss_fn.compile()
+        optimizer = torch.optim.Adam(loss_fn.parameters(), lr=common.config.optimizer.lr, fused=True)
+        train = _loop(common, loss_fn, optimizer, common.loader(workers), layout, lambda loss: None)
         name = "channels_last" if layout == torch.channels_last else "contiguous"
-        return common.peer("torch", f"its tuning guide, {name}, {workers} workers", loss_of, train)
+        return common.peer("torch", f"its tuning guide, {name}, {workers} workers", loss_fn, train)
 
     return [peer(torch.channels_last, _cores()), peer(torch.contiguous_format, 0)]
 
 
 def _loop(
     common: _Common,
-    loss_of: Loss,
+    loss_fn: Loss,
     optimizer: torch.optim.Optimizer,
     loader: "DataLoader[Any]",
     layout: torch.memory_format,
     read: Callable[[Tensor], object],
 ) -> Callable[[int, OnStepEnd], None]:
-    """A plain loop, which does `read` with the loss of each step."""
+    """Returns a plain training loop that calls `read` with the loss of each step."""
     kind = common.device.type
     scaler = torch.amp.GradScaler(kind, enabled=common.mixed == "fp16")
 
-    def train(steps: int, ended: OnStepEnd) -> None:
+    def train(steps: int, on_step_end: OnStepEnd) -> None:
         for images, _ in itertools.islice(_endless(loader), steps):
             images = images.to(common.device, non_blocking=True).to(memory_format=layout)
             with torch.autocast(kind, DTYPES.get(common.mixed), enabled=common.mixed != "no"):
-                loss = loss_of(images)
+                loss = loss_fn(images)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             read(loss)
-            ended(loss)
+            on_step_end(loss)
 
     return train
 
 
 def _lightning(common: _Common) -> list[Peer]:
-    """Lightning's Trainer, with workers and torch.compile as in its guide to speed; compiled where the trainer is.
+    """Lightning's Trainer, with workers, and torch.compile if the trainer uses it, as its performance guide recommends.
 
-    Each run is a fit with an optimizer of its own.
+    Each run is a separate fit with a new optimizer.
     """
     import lightning
 
     class Module(lightning.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.loss_of = Loss(common.network())
+            self.loss_fn = Loss(common.network())
             if common.compiled:
-                self.loss_of.compile()
+                self.loss_fn.compile()
 
         def training_step(self, batch: list[Tensor], number: int) -> Tensor:
-            return self.loss_of(batch[0])
+            return self.loss_fn(batch[0])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adam(self.parameters(), lr=common.config.optimizer.lr)
 
     precision = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[common.mixed]
-    where = {"accelerator": common.device.type, "devices": 1, "precision": precision}
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    settings = {"accelerator": common.device.type, "devices": 1, "precision": precision}
+    disabled = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
     module = Module()
 
     def peer(workers: int) -> Peer:
         loader = common.loader(workers)
 
-        def train(steps: int, ended: OnStepEnd) -> None:
-            class Watch(lightning.Callback):  # type: ignore[misc]
+        def train(steps: int, on_step_end: OnStepEnd) -> None:
+            class StepEnd(lightning.Callback):  # type: ignore[misc]
                 def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
-                    ended(outputs["loss"])
+                    on_step_end(outputs["loss"])
 
             with _quiet():
-                trainer = lightning.Trainer(max_steps=steps, max_epochs=-1, callbacks=[Watch()], **where, **off)
+                trainer = lightning.Trainer(max_steps=steps, max_epochs=-1, callbacks=[StepEnd()], **settings, **disabled)
                 trainer.fit(module, loader)
 
         return common.peer("lightning", f"Trainer, {workers} workers", module, train)
@@ -353,14 +350,14 @@ def _lightning(common: _Common) -> list[Peer]:
 
 
 def _diffusers(common: _Common) -> list[Peer]:
-    """AutoencoderKL in an Accelerate loop as its example trains it, but for the perceptual loss and the discriminator.
+    """AutoencoderKL in the Accelerate loop of diffusers' example, without the perceptual loss and the discriminator.
 
-    The number of workers is an option of the example, 0 by default. Images come from torchvision's STL10, where the example
-    decodes PNG; weights stay fp32 under autocast, where the example converts them to bf16.
+    The example has an option for the number of workers, 0 by default. Unlike there, images are read by torchvision's STL10
+    instead of decoded from PNG, and weights stay fp32 under autocast instead of being converted to bf16.
     """
     model = build_model(common.config.model, SIDE)
     if not isinstance(model, KLVAE):
-        raise UserError("its AutoencoderKL is another network; --model.network=kl trains the same")
+        raise UserError("its AutoencoderKL is a different network; use --model.network=kl")
     from accelerate import Accelerator
     from diffusers.optimization import get_scheduler
     from torchvision.transforms import Normalize
@@ -373,7 +370,7 @@ def _diffusers(common: _Common) -> list[Peer]:
     def peer(workers: int) -> Peer:
         loader = accelerator.prepare(common.loader(workers, Normalize([0.5], [0.5])))
 
-        def train(steps: int, ended: OnStepEnd) -> None:
+        def train(steps: int, on_step_end: OnStepEnd) -> None:
             for images, _ in itertools.islice(_endless(loader), steps):
                 with accelerator.accumulate(vae):
                     with accelerator.autocast():
@@ -387,7 +384,7 @@ def _diffusers(common: _Common) -> list[Peer]:
                     scheduler.step()
                     optimizer.zero_grad()
                 loss.item()
-                ended(loss)
+                on_step_end(loss)
 
         return common.peer("diffusers", f"AutoencoderKL with Accelerate, {workers} workers", vae, train)
 
@@ -395,10 +392,10 @@ def _diffusers(common: _Common) -> list[Peer]:
 
 
 def _pythae(common: _Common) -> list[Peer]:
-    """pythae's VAE and loss around our encoder and decoder; images in memory, no workers, Adam: its defaults.
+    """pythae's VAE and loss with the same encoder and decoder, and its defaults: images in memory, no workers, Adam.
 
-    A run is its BaseTrainer's loop over one epoch, without the pickle that `train` would write after it. Its `amp` is
-    autocast for CUDA in fp16, so on a CPU it trains in fp32 whatever the others do.
+    A run is one epoch of its BaseTrainer, without the checkpoint that `train` would pickle. Its `amp` is CUDA autocast in
+    fp16, so on a CPU it always trains in fp32.
     """
     from pythae.data.preprocessors import DataProcessor
     from pythae.models import VAE as PythaeVAE
@@ -443,17 +440,17 @@ def _pythae(common: _Common) -> list[Peer]:
     processor = DataProcessor()
     dataset = processor.to_dataset(processor.process_data(torch.from_numpy(common.images).permute(0, 3, 1, 2) / 255))
 
-    def train(steps: int, ended: OnStepEnd) -> None:
+    def train(steps: int, on_step_end: OnStepEnd) -> None:
         losses: list[Tensor] = []
 
-        class Watch(TrainingCallback):  # type: ignore[misc]
+        class StepEnd(TrainingCallback):  # type: ignore[misc]
             def on_train_step_end(self, *args: Any, **options: Any) -> None:
-                ended(losses[-1])
+                on_step_end(losses[-1])
 
         count = steps * config.train.global_batch_size
         rows = torch.cat([torch.randperm(len(dataset)) for _ in range(-(-count // len(dataset)))])[:count]
         with _quiet():
-            trainer = BaseTrainer(model, Subset(dataset, rows.tolist()), training_config=training, callbacks=[Watch()])
+            trainer = BaseTrainer(model, Subset(dataset, rows.tolist()), training_config=training, callbacks=[StepEnd()])
             trainer.prepare_training()
             hook = model.register_forward_hook(lambda _, inputs, output: losses.append(output.loss.detach()))
             try:
@@ -475,12 +472,12 @@ def _endless(loader: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps messages of the libraries out of the report."""
-    before = logging.root.manager.disable
+    """Suppresses messages of the libraries."""
+    level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logging.disable(before)
+            logging.disable(level)

@@ -1,6 +1,7 @@
-"""Two processes that train together, and two that train alone, each pinned to a core."""
+"""Measures data-parallel training of two processes against two independent ones, each pinned to a core."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -19,13 +20,13 @@ from vae_scale.benchmark.measuring import Row, alternate, machine, markdown, tab
 from vae_scale.config.options import Config
 from vae_scale.errors import UserError
 
-SECONDS = 3.0  # of a run
-MIN_STEPS = 4  # of a run
+SECONDS = 3.0  # approximate duration of a run
+MIN_STEPS = 4  # per run
 WORKER = [str(Path(__file__).with_name("pinned_worker.py"))]
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2", "--main_process_port=0"]
 LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no"]
 ALONE, TOGETHER = "two processes, each alone", "two processes together"
-CLOSING = 30  # seconds until a process that does not end is ended
+EXIT_TIMEOUT = 30  # seconds before a process that does not exit is terminated
 
 
 @dataclass
@@ -34,11 +35,11 @@ class Report:
 
     Attributes:
         rows: Images per second of both processes.
-        ratios: `two_process_efficiency`, together over alone, the median of neighbouring runs; `predicted_efficiency`.
-        job: Of each process, as measured while it was alone.
-        link: Between the two, as measured.
-        predicted: What follows from these for the two together.
-        steps: Of a run.
+        ratios: `two_process_efficiency`, the median ratio of consecutive runs together and alone; `predicted_efficiency`.
+        job: Measurements of the independent processes.
+        link: Measured latency and bandwidth of all-reduce.
+        predicted: Prediction for two processes from `job` and `link`.
+        steps: Steps per run.
     """
 
     rows: list[Row]
@@ -49,72 +50,71 @@ class Report:
     steps: int
 
 
-def measure(words: Sequence[str], batch: int, gradient_bytes: int, repeats: int) -> Report:
-    """Measures the training of `words` on two cores, as two processes share its batches and as each would go on by itself.
+def measure(options: Sequence[str], batch: int, gradient_bytes: int, repeats: int) -> Report:
+    """Measures training on two cores, by two data-parallel processes and by two independent ones.
 
-    All four processes are there from the start and run in turn, so that a busy machine slows all alike.
+    All four processes are started first and then measured alternately, so that other load affects both equally.
 
     Args:
-        words: Options of the training.
-        batch: Images of a batch of the two together.
-        gradient_bytes: That they exchange in a step.
-        repeats: Runs of each.
+        options: Training options.
+        batch: Global batch size of the two processes.
+        gradient_bytes: Bytes of gradients all-reduced per step.
+        repeats: Runs of each pair.
 
     Raises:
-        UserError: there are no two cores, the batch cannot be halved, or a process could not train.
+        UserError: fewer than two cores are available, the batch size is odd, or a process fails.
     """
     cores = sorted(os.sched_getaffinity(0))[:2] if hasattr(os, "sched_getaffinity") else []
     if len(cores) < 2:
         raise UserError("scaling.py measures on two cores, on Linux; with --step-ms or --tflops it only computes")
     if batch % 2:
         raise UserError(f"train.batch_size is {batch}; two processes share it, so it must be even")
-    both = ",".join(map(str, cores))
     with socket.create_server(("localhost", 0)) as server, contextlib.ExitStack() as stack:
-        end = [*words, "--track.tracker=none"]
+        options = [*options, "--track.tracker=none"]
         port = str(server.getsockname()[1])
-        lonely = [[sys.executable, *WORKER, port, str(core), *end, f"--train.batch_size={batch // 2}"] for core in cores]
-        alone = stack.enter_context(_Group(server, lonely))
-        together = stack.enter_context(_Group(server, [[sys.executable, *LAUNCH, *WORKER, port, both, *end]]))
+        commands = [[sys.executable, *WORKER, port, str(core), *options, f"--train.batch_size={batch // 2}"] for core in cores]
+        alone = stack.enter_context(_Group(server, commands))
+        launch = [sys.executable, *LAUNCH, *WORKER, port, ",".join(map(str, cores)), *options]
+        together = stack.enter_context(_Group(server, [launch]))
         return _measure(alone, together, batch, gradient_bytes, repeats)
 
 
 def _measure(alone: "_Group", together: "_Group", batch: int, gradient_bytes: int, repeats: int) -> Report:
     for group in (alone, together):
         group.call("advance", MIN_STEPS)  # the first steps are slow
-    usual = statistics.median(alone.call("advance", MIN_STEPS)[0])
-    steps = max(MIN_STEPS, math.ceil(SECONDS / usual))
-    times: list[float] = []
+    step_seconds = statistics.median(alone.call("advance", MIN_STEPS)[0])
+    steps = max(MIN_STEPS, math.ceil(SECONDS / step_seconds))
+    durations: list[float] = []
 
-    def apart() -> float:
-        durations = alone.call("advance", steps)
-        times.extend(seconds for each in durations for seconds in each)
-        return sum(steps * batch / 2 / sum(each) for each in durations)
+    def run_alone() -> float:
+        per_process = alone.call("advance", steps)
+        durations.extend(itertools.chain(*per_process))
+        return sum(steps * batch / 2 / sum(seconds) for seconds in per_process)
 
-    def joined() -> float:
+    def run_together() -> float:
         return steps * batch / max(map(sum, together.call("advance", steps)))
 
-    rows = alternate({ALONE: apart, TOGETHER: joined}, repeats, "measuring")
-    nothing, whole = (statistics.median(together.call("exchange", size)[0]) for size in (4, gradient_bytes))
-    # Two processes exchange in 2 messages, half of the bytes in each.
-    link = Link(gradient_bytes / max(whole - nothing, 1e-9), nothing / 2)
-    few, many = (statistics.median(alone.call("draw", images)[0]) for images in (batch // 2, batch))
-    mean = statistics.mean(times)
-    drawing = max(0.0, many - few) / (batch // 2)
-    job = Job(mean, batch // 2, gradient_bytes, draw_seconds=drawing, deviation=statistics.stdev(times) / mean)
-    # The cores that compute also copy, so nothing is hidden.
+    rows = alternate({ALONE: run_alone, TOGETHER: run_together}, repeats, "measuring")
+    latency, total = (statistics.median(together.call("exchange", size)[0]) for size in (4, gradient_bytes))
+    # All-reduce of two processes sends 2 messages of half the bytes each.
+    link = Link(gradient_bytes / max(total - latency, 1e-9), latency / 2)
+    half_draw, full_draw = (statistics.median(alone.call("draw", images)[0]) for images in (batch // 2, batch))
+    mean = statistics.mean(durations)
+    draw_seconds = max(0.0, full_draw - half_draw) / (batch // 2)
+    job = Job(mean, batch // 2, gradient_bytes, draw_seconds, deviation=statistics.stdev(durations) / mean)
+    # On CPUs, communication and computation use the same cores, so they do not overlap.
     predicted = predict(2, job, Cluster(2, link, link, overlap=0.0))
-    neighbours = zip(rows[TOGETHER].runs, rows[ALONE].runs, strict=True)
-    measured = statistics.median(one / other for one, other in neighbours)
+    measured = statistics.median(a / b for a, b in zip(rows[TOGETHER].runs, rows[ALONE].runs, strict=True))
     ratios = {"two_process_efficiency": measured, "predicted_efficiency": predicted.efficiency}
     return Report(list(rows.values()), ratios, job, link, predicted, steps)
 
 
 class _Group:
-    """Two processes that do the same at the same time, until the block ends.
+    """Context manager of two worker processes that execute the same requests at the same time.
 
     Args:
-        server: Where they answer.
-        commands: That start them.
+        server: Socket to which the workers connect.
+        commands: Command lines that start the workers.
     """
 
     def __init__(self, server: socket.socket, commands: list[list[str]]) -> None:
@@ -124,9 +124,9 @@ class _Group:
     def __enter__(self) -> "_Group":
         with contextlib.ExitStack() as stack:
             self._log = stack.enter_context(tempfile.TemporaryFile("w+"))
-            # On the machine's cores, not on its GPUs, and each without helpers.
+            # Train on the CPU, with one thread per process.
             environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-            # Each in a session of its own, as the launcher's are: on a busy machine Linux shares cores out between sessions.
+            # Linux schedules sessions fairly (autogroup), so each process gets its own session, as with the launcher.
             self._processes = [
                 subprocess.Popen(command, env=environment, stdout=self._log, stderr=self._log, start_new_session=True)
                 for command in self._commands
@@ -155,11 +155,11 @@ class _Group:
                 connection.settimeout(None)
                 return connection
 
-    def call(self, verb: str, count: int) -> list[list[float]]:
-        """Has both do something, and returns the seconds that each answers with. See `pinned`."""
+    def call(self, command: str, count: int) -> list[list[float]]:
+        """Sends a request of `pinned_worker` to both processes and returns the durations from each."""
         try:
             for lines in self._lines:
-                print(verb, count, file=lines, flush=True)
+                print(command, count, file=lines, flush=True)
             return [json.loads(lines.readline()) for lines in self._lines]
         except (ConnectionError, json.JSONDecodeError):
             raise UserError(f"a process ended: {self._error_message()}") from None
@@ -172,9 +172,9 @@ class _Group:
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> None:
-    """Waits for a process, which ends when its connection does."""
+    """Waits for a process, which exits when its connection is closed."""
     try:
-        process.wait(CLOSING)
+        process.wait(EXIT_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.terminate()
         process.wait()

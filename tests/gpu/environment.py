@@ -1,4 +1,4 @@
-"""The machine, its limits, and the images that checks and measurements use."""
+"""Collects hardware information, measures hardware limits and creates synthetic images."""
 
 import importlib.util
 import os
@@ -22,16 +22,16 @@ CHUNK = 500  # images
 
 
 def hardware(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """GPU, driver, clocks, versions, memory, cores."""
+    """Returns GPU, driver, clocks, versions, memory and cores."""
     values: dict[str, Any] = dict(measuring.machine())
     values |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "memory": psutil.virtual_memory().total}
     values["packages"] = [name for name in OPTIONAL if importlib.util.find_spec(name)]
     try:
         command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
         line = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
-        values |= dict(zip(QUERY, (part.strip() for part in line.split(",")), strict=True))
+        values |= dict(zip(QUERY, (value.strip() for value in line.split(",")), strict=True))
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        pass  # not everybody may ask
+        pass  # nvidia-smi is not available in every container
     names = {"torch": "torch", "CUDA": "cuda", "cuDNN": "cudnn", "driver": "driver_version"}
     summary = {name: values.get(key) for name, key in names.items()}
     clocks = f", {values['clocks.sm']} of {values['clocks.max.sm']}, {values['power.limit']}" if "clocks.sm" in values else ""
@@ -41,7 +41,7 @@ def hardware(settings: Settings) -> tuple[str, dict[str, Any]]:
 
 
 def limits(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """The fastest matrix product in bf16, and the fastest copy."""
+    """Measures the throughput of matrix products in bf16 and of copies."""
     if settings.rehearse:
         measuring.CEILING_SECONDS, measuring.SIZES = 0.02, {"cpu": (256, 512)}
     tasks = measuring.ceilings(torch.device("cpu" if settings.rehearse else "cuda"), torch.bfloat16)
@@ -50,26 +50,26 @@ def limits(settings: Settings) -> tuple[str, dict[str, Any]]:
 
 
 def synthetic_images(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """Packs random discs on gradients, 96x96."""
+    """Packs synthetic images of 96x96 pixels."""
     counts = {"train": 64, "unlabeled": 64, "test": 64}
     if not settings.rehearse:
         counts = {"train": 2000, "unlabeled": 8000, "test": 2000}
     binaries = settings.scratch / "stl10_binary"
-    splits = {name: draw(count, seed) for seed, (name, count) in enumerate(counts.items())}
+    splits = {name: generate_images(count, seed) for seed, (name, count) in enumerate(counts.items())}
     write_binaries(binaries, splits, [str(number) for number in range(10)])
     pack(["--source=stl10", f"--data={binaries}", f"--out={settings.shards}", f"--workers={min(8, os.cpu_count() or 1)}"])
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()), counts
 
 
-def draw(count: int, seed: int) -> Iterator[tuple[Images, list[int]]]:
-    """Chunks of images, uint8 [n, 96, 96, 3], with labels."""
+def generate_images(count: int, seed: int) -> Iterator[tuple[Images, list[int]]]:
+    """Yields chunks of images of discs on gradients, uint8 [n, 96, 96, 3], and their labels."""
     generator = np.random.default_rng(seed)
     y, x = (np.mgrid[0:96, 0:96] / 95).astype(np.float32)
     for start in range(0, count, CHUNK):
         chunk = min(CHUNK, count - start)
         first, last, disc = generator.uniform(0, 255, (3, chunk, 1, 1, 3)).astype(np.float32)
-        across, down, radius = generator.uniform(0.2, 0.8, (3, chunk, 1, 1)).astype(np.float32)
-        inside = (x - across) ** 2 + (y - down) ** 2 < (0.4 * radius) ** 2
+        center_x, center_y, radius = generator.uniform(0.2, 0.8, (3, chunk, 1, 1)).astype(np.float32)
+        inside = (x - center_x) ** 2 + (y - center_y) ** 2 < (0.4 * radius) ** 2
         images = np.where(inside[..., None], disc, first + (last - first) * x[..., None]).astype(np.uint8)
         yield images, [number % 10 for number in range(chunk)]
 

@@ -1,4 +1,4 @@
-"""Tasks in processes of their own, each with a time limit: a task that hangs or crashes does not affect the others."""
+"""Runs tasks in separate processes with time limits, so that a hang or crash does not affect other tasks."""
 
 import contextlib
 import json
@@ -25,13 +25,13 @@ LAST_LINES = 15  # of the output of a failed task that are recorded
 
 @dataclass(frozen=True)
 class Settings:
-    """What every task needs to know.
+    """Settings of all tasks.
 
     Attributes:
         shards: Synthetic 96x96 images, for checks and measurements.
         images: Images for the last stage.
-        scratch: Folder for everything that is deleted at the end.
-        rehearse: Use tiny sizes, on a CPU.
+        scratch: Temporary folder, deleted at the end.
+        rehearse: Whether to use tiny sizes on a CPU.
     """
 
     shards: Path
@@ -41,23 +41,23 @@ class Settings:
 
     @staticmethod
     def load() -> "Settings":
-        """The settings of the process that started this one."""
+        """Reads the settings from the environment variable set by the parent process."""
         values = json.loads(os.environ[SETTINGS])
         return Settings(*(Path(values[name]) for name in ("shards", "images", "scratch")), values["rehearse"])
 
     def environment(self, threads: int) -> dict[str, str]:
-        """Environment variables of a task that may use `threads` CPU threads."""
+        """Returns the environment variables of a task with `threads` CPU threads."""
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        own = {
+        variables = {
             SETTINGS: json.dumps(asdict(self), default=str),
             "PYTHONPATH": path,
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(threads),
             "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"),  # shared: what one task compiled, the others reuse
+            "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"),  # shared by all tasks
             "HF_HUB_OFFLINE": "1",
         }
-        return os.environ | own | ({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {})
+        return os.environ | variables | ({"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {})
 
 
 @dataclass
@@ -67,10 +67,10 @@ class Entry:
     Attributes:
         name: What was checked or measured.
         status: passed, measured, failed, `needs a GPU`, or `skipped: REASON`.
-        detail: One line for people.
-        values: Numbers.
+        detail: Summary in one line.
+        values: Measured values.
         seconds: Duration.
-        output: Last lines of the output, if it failed.
+        output: Last lines of the output of a failed task.
     """
 
     name: str
@@ -83,14 +83,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Task:
-    """A program and the results that it writes.
+    """A program and the results it writes.
 
     Attributes:
         names: Results that the program writes (see `serve`).
         command: Command line.
         seconds: Time limit.
-        least: Seconds that must be left for the task to be started.
-        writes_results: Or else the task passes if its exit status is 0.
+        least: Minimum remaining seconds to start the task.
+        writes_results: Whether the program writes results; otherwise the task passes if its exit status is 0.
     """
 
     names: Sequence[str]
@@ -107,7 +107,7 @@ class Runner:
     """Runs tasks.
 
     Args:
-        settings: Of the tasks.
+        settings: Settings of the tasks.
         log: File to which the output of all tasks is appended.
     """
 
@@ -116,10 +116,10 @@ class Runner:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock, self._stopped = threading.Lock(), False
 
-    def run_all(self, tasks: Sequence[Task], lanes: int, deadline: float, record: Record) -> None:
-        """Runs tasks in order, `lanes` at a time, until `deadline` (of `time.monotonic`); passes each result to `record`."""
-        threads = max(1, (os.cpu_count() or 1) // lanes)
-        with ThreadPoolExecutor(lanes) as pool:
+    def run_all(self, tasks: Sequence[Task], num_workers: int, deadline: float, record: Record) -> None:
+        """Runs tasks in order, `num_workers` in parallel, until `deadline` (`time.monotonic`). Calls `record` for each."""
+        threads = max(1, (os.cpu_count() or 1) // num_workers)
+        with ThreadPoolExecutor(num_workers) as pool:
             try:
                 list(pool.map(lambda task: self.run(task, threads, deadline, record), tasks))
             except BaseException:
@@ -127,10 +127,10 @@ class Runner:
                 raise
 
     def run(self, task: Task, threads: int, deadline: float, record: Record, grace: float = GRACE) -> None:
-        """Runs one task, and ends it at its time limit or at `deadline`, with SIGTERM `grace` seconds before SIGKILL."""
+        """Runs a task. At its time limit or at `deadline` it gets SIGTERM, and SIGKILL `grace` seconds later."""
         try:
             self._run(task, threads, deadline, record, grace)
-        except Exception as error:  # a full disk, say; the other tasks are to run
+        except Exception as error:  # e.g. a full disk; other tasks still run
             for name in task.names:
                 record(Entry(name, "failed", f"{type(error).__name__}: {error}"))
 
@@ -157,7 +157,7 @@ class Runner:
             else:
                 reason = f"ended with exit status {process.returncode}"
             finally:
-                kill(process, 0)  # what is left of its group
+                kill(process, 0)  # remaining processes of the group
                 with self._lock:
                     self._running.discard(process)
         seconds, lines = time.monotonic() - begin, output.read_text(errors="replace").splitlines()
@@ -174,11 +174,11 @@ class Runner:
             else:
                 entry = Entry(name, "skipped: no time left", seconds=seconds)
             if entry.status == "failed" and (len(task.names) == 1 or not entry.output):
-                entry.output = [line[:300] for line in lines[-LAST_LINES:]]  # with what other programs printed
+                entry.output = [line[:300] for line in lines[-LAST_LINES:]]  # includes the output of subprocesses
             record(entry)
 
     def stop(self) -> None:
-        """Kills all running tasks and starts no others."""
+        """Kills all running tasks and prevents further ones from starting."""
         self._stopped = True
         with self._lock:
             running = list(self._running)
@@ -187,51 +187,51 @@ class Runner:
 
 
 def kill(process: "subprocess.Popen[bytes]", grace: float) -> None:
-    """Ends a process and all below it: SIGTERM, and after `grace` seconds SIGKILL. Some may have sessions of their own."""
-    below: list[psutil.Process] = []
+    """Terminates a process and its descendants, also those in other sessions, with SIGKILL `grace` seconds after SIGTERM."""
+    descendants: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        below = psutil.Process(process.pid).children(recursive=True)
+        descendants = psutil.Process(process.pid).children(recursive=True)
     if grace and process.poll() is None:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    for each in below:
+    for child in descendants:
         with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
+            child.kill()
     process.wait()
 
 
 def slug(name: str) -> str:
-    """A name as a file name."""
+    """Converts a name to a file name."""
     return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
 def entry_path(settings: Settings, name: str) -> Path:
-    """Where a task writes the result `name`."""
+    """Returns the path of the result `name`."""
     return settings.scratch / f"{slug(name)}.result.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that readers find the old or the new content."""
+    """Replaces a file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
 
 
 class NeedsGPU(Exception):
-    """The check makes sense on a GPU only."""
+    """Raised by checks that require a GPU."""
 
 
 class Skip(Exception):
-    """The check or measurement is not possible here; the text is the reason."""
+    """Raised with a reason if a check or measurement is not possible."""
 
 
 def serve(functions: dict[str, Callable[[Settings], tuple[str, dict[str, Any]]]], done: str) -> None:
-    """Main program of tasks: calls the functions that the command line names, and writes the result of each.
+    """Runs the functions named on the command line and writes their results.
 
-    A function returns one line for people and numbers. Its result has the status `done`, or `failed` if it raises.
+    A function returns a summary in one line and values. Its result has the status `done`, or `failed` if it raises.
     """
     settings = Settings.load()
     for name in sys.argv[1:]:
@@ -251,11 +251,11 @@ def serve(functions: dict[str, Callable[[Settings], tuple[str, dict[str, Any]]]]
         reset_state()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # all results are written, and what a library does at the end of a process would take time
+    os._exit(0)  # all results are written; skips slow cleanup of libraries
 
 
 def reset_state() -> None:
-    """Forgets what one check leaves behind in this process: Accelerate's precision, the process group, compiled code."""
+    """Resets Accelerate's state, compiled code and the variables of the process group between checks."""
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
     if "torch._dynamo" in sys.modules:

@@ -1,4 +1,4 @@
-"""A VAE and its flow, trained for the time that is left, and pictures of what they generate."""
+"""Trains a VAE and its flow for the remaining time, and writes samples, metrics and a report."""
 
 import importlib.util
 import json
@@ -14,13 +14,13 @@ from typing import Any
 from processes import Entry, Record, Runner, Settings, Task, serve
 
 PROGRAM = str(Path(__file__).resolve())
-PLAN = "quality.json"  # in the scratch folder: what the tasks need to know
+PLAN = "quality.json"  # file in the scratch folder with the settings of the tasks
 NEVER = 10**9  # images
 VAE, FLOW, METRICS, NEIGHBOURS = "VAE", "flow", "metrics", "neighbours.png"
-RESERVE = 40.0  # seconds for pictures and metrics after training
-START, TAIL = 20.0, 6.0  # seconds of a training before its first step, compiled earlier, and after its last one
-LATE, SAVING, LEAST = 4.0, 8.0, 60.0  # until a training is stopped, until it is killed; without so much none is started
-CALIBRATION = 2.0  # seconds of steps that tell how many images fit into the time
+RESERVE = 40.0  # seconds for images and metrics after training
+START, TAIL = 20.0, 6.0  # seconds before the first step (with cached compilation) and after the last step
+LATE, SAVING, LEAST = 4.0, 8.0, 60.0  # seconds until SIGTERM, from SIGTERM to SIGKILL, and required to start training
+CALIBRATION = 2.0  # seconds of steps from which the number of images is computed
 SAMPLES, SHOWN, NEAREST, COMPARED_SIDE = 64, 16, 5, 16
 LATENT_SIDES = range(8, 13)
 SHOWN_METRICS = {"psnr": "PSNR {:.2f} dB", "bits_per_dim": "{:.3f} bits/dim", "ssim": "SSIM {:.3f}"}
@@ -35,11 +35,11 @@ TINY = ["--train.batch_size=8", "--optimizer.warmup_images=64", "--evaluate.prio
 
 
 def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
-    """Trains a VAE for a third of the time until `deadline` (of `time.monotonic`), its flow for the rest; writes pictures."""
+    """Trains a VAE for a third of the time until `deadline` (`time.monotonic`), and its flow for the rest; writes images."""
     settings, left = runner.settings, deadline - time.monotonic() - RESERVE
     late, least, overhead = LATE, LEAST, START + TAIL
     if settings.rehearse:
-        left, late, least, overhead = min(left, 14.0), 90.0, 0.0, 6.0  # a busy CPU may take longer than was planned
+        left, late, least, overhead = min(left, 14.0), 90.0, 0.0, 6.0  # a busy CPU may be late
     vae = overhead + max(0.0, left - 2 * overhead) / 3
     plan = {"out": str(out), "ends": {VAE: time.time() + vae, FLOW: time.time() + left}}
     (settings.scratch / PLAN).write_text(json.dumps(plan))
@@ -50,19 +50,19 @@ def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
     if not trained:
         return
 
-    drawn, report = settings.scratch / "drawn", settings.scratch / "metrics.json"
+    samples, report = settings.scratch / "drawn", settings.scratch / "metrics.json"
     features = "efficientnet_lite0" if has("efficientnet_lite_pytorch") and not settings.rehearse else "none"
     model, sample = f"--run={trained[-1]}", ["sample", f"--steps={2 if settings.rehearse else 25}"]
     commands = {
-        "samples.png": [*sample, model, f"--num={SAMPLES}", f"--save-images={drawn}", f"--out={out / 'samples.png'}"],
+        "samples.png": [*sample, model, f"--num={SAMPLES}", f"--save-images={samples}", f"--out={out / 'samples.png'}"],
         "reconstructions.png": [*sample, model, "--num=32", "--reconstruct", f"--out={out / 'reconstructions.png'}"],
         METRICS: ["evaluate", model, "--images=2000", "--importance-samples=0", f"--features={features}", f"--json={report}"],
     }
     if has("plotly") and has("jinja2"):
         commands["report.html"] = ["report", *trained, f"--out={out / 'report.html'}"]
     tasks = [
-        Task([name], [sys.executable, "-m", f"vae_scale.{verb}", *words], 60, writes_results=False)
-        for name, (verb, *words) in commands.items()
+        Task([name], [sys.executable, "-m", f"vae_scale.{command}", *words], 60, writes_results=False)
+        for name, (command, *words) in commands.items()
     ]
 
     def record_metrics(entry: Entry) -> None:
@@ -73,7 +73,7 @@ def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
         record(entry)
 
     runner.run_all(tasks, 2 if settings.rehearse else 4, deadline, record_metrics)
-    if drawn.exists():
+    if samples.exists():
         runner.run(Task([NEIGHBOURS], [sys.executable, PROGRAM, NEIGHBOURS], 40), 4, deadline, record)
 
 
@@ -83,7 +83,7 @@ def has(package: str) -> bool:
 
 
 def options(name: str, settings: Settings, purpose: str = "quality") -> list[str]:
-    """The command line of a training, fitted to the shards' resolution."""
+    """Returns the command line of a training run for the resolution of the shards."""
     from vae_scale.data.shards import ShardSet
 
     words = [f"--data.shards={settings.images}", f"--run={settings.scratch / f'{purpose}_{name}'}"]
@@ -101,7 +101,7 @@ def options(name: str, settings: Settings, purpose: str = "quality") -> list[str
 
 
 def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
-    """Trains until the time is over: the schedule's last image comes just then."""
+    """Trains until the planned end, with the number of images estimated from the measured speed."""
     from vae_scale.benchmark.measuring import synchronize
     from vae_scale.config.parsing import parse
     from vae_scale.training.trainer import Trainer
@@ -111,7 +111,7 @@ def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
     train, calibration = trainer.config.train, 0.5 if settings.rehearse else CALIBRATION
     with closing(trainer.batches()) as batches, trainer.progress_bar():
 
-        def seconds(steps: int) -> float:
+        def measure_steps(steps: int) -> float:
             synchronize(trainer.device)
             begin = time.perf_counter()
             for images in islice(batches, steps):
@@ -119,12 +119,12 @@ def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
             synchronize(trainer.device)
             return time.perf_counter() - begin
 
-        seconds(3)  # compiles
-        steps = spent = 0.0
-        while spent < calibration:
-            spent += seconds(5)
+        measure_steps(3)  # compiles
+        steps = elapsed = 0.0
+        while elapsed < calibration:
+            elapsed += measure_steps(5)
             steps += 5
-    speed = steps / spent
+    speed = steps / elapsed
     left = plan["ends"][name] - time.time() - (1.0 if settings.rehearse else TAIL)
     train.images = trainer.images_seen + max(1, int(0.95 * left * speed)) * train.global_batch_size
     train.log_every = 5 if settings.rehearse else 50
@@ -135,13 +135,13 @@ def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
     values = {key: value for key, value in held_out.items() if isinstance(value, float)}
     texts = [text.format(values[f"eval/{key}"]) for key, text in SHOWN_METRICS.items() if f"eval/{key}" in values]
     values |= {"images": trainer.images_seen, "images_per_second": speed * train.global_batch_size}
-    spent = time.perf_counter() - begin
+    elapsed = time.perf_counter() - begin
     summary = f"held out: {', '.join(texts)}" if texts else "stopped at its time limit, before the evaluation"
-    return f"{trainer.images_seen:,} images in {spent:.0f} s after compilation; {summary}", values
+    return f"{trainer.images_seen:,} images in {elapsed:.0f} s after compilation; {summary}", values
 
 
 def neighbours(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """Samples, each followed by the training images nearest to it: in pixels, at a low resolution."""
+    """Writes samples, each followed by its nearest training images in pixel space at low resolution."""
     import numpy as np
     import torch
     from PIL import Image
@@ -154,20 +154,23 @@ def neighbours(settings: Settings) -> tuple[str, dict[str, Any]]:
     plan = json.loads((settings.scratch / PLAN).read_text())
     device = "cpu" if settings.rehearse else "cuda"
     shards = ShardSet.open(str(settings.images))
-    seen = shards.select(*(name for name in ("train", "unlabeled") if name in shards.splits))
-    drawn = np.stack([np.asarray(Image.open(path)) for path in sorted((settings.scratch / "drawn").glob("*.png"))[:SHOWN]])
+    train_set = shards.select(*(name for name in ("train", "unlabeled") if name in shards.splits))
+    samples = np.stack([np.asarray(Image.open(path)) for path in sorted((settings.scratch / "drawn").glob("*.png"))[:SHOWN]])
 
-    def reduce(images: "np.ndarray[Any, Any]") -> Tensor:
+    def downscale(images: "np.ndarray[Any, Any]") -> Tensor:
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float()
         return interpolate(pixels, (COMPARED_SIDE, COMPARED_SIDE), mode="area").flatten(1)
 
-    chunks = np.array_split(np.arange(len(seen)), -(-len(seen) // 4096))
-    distances = torch.cdist(reduce(drawn), torch.cat([reduce(seen.load_images(rows)) for rows in chunks]))
-    nearest = distances.topk(min(NEAREST, len(seen)), largest=False).indices.cpu().numpy()
-    rows = [np.concatenate([image[None], seen.load_images(neighbors)]) for image, neighbors in zip(drawn, nearest, strict=True)]
+    chunks = np.array_split(np.arange(len(train_set)), -(-len(train_set) // 4096))
+    distances = torch.cdist(downscale(samples), torch.cat([downscale(train_set.load_images(rows)) for rows in chunks]))
+    nearest = distances.topk(min(NEAREST, len(train_set)), largest=False).indices.cpu().numpy()
+    rows = [np.concatenate([image[None], train_set.load_images(near)]) for image, near in zip(samples, nearest, strict=True)]
     save_grid(np.concatenate(rows), Path(plan["out"]) / NEIGHBOURS, nearest.shape[1] + 1)
     rms = float(distances.amin(1).mean()) / (3 * COMPARED_SIDE**2) ** 0.5
-    return f"nearest of {len(seen):,} training images at {COMPARED_SIDE}x{COMPARED_SIDE} pixels, {rms:.1f} grey levels away", {}
+    return (
+        f"nearest of {len(train_set):,} training images at {COMPARED_SIDE}x{COMPARED_SIDE} pixels, {rms:.1f} grey levels away",
+        {},
+    )
 
 
 TASKS: dict[str, Callable[[Settings], tuple[str, dict[str, Any]]]] = {

@@ -1,4 +1,4 @@
-"""Results in files: `results.json` for programs and `RESULTS.md` for people, both rewritten after every result."""
+"""Writes all results to `results.json` and `RESULTS.md` after every new result."""
 
 import json
 import threading
@@ -12,14 +12,14 @@ from processes import Entry, write_atomically
 STAGES = ("environment", "correctness", "speed", "quality")
 BASE = "step, stl10, 256 images"
 
-# The figures in the table of speed, with their formats. Others are in results.json only.
+# Columns of the speed table: value: (title, format). All values are in results.json.
 COLUMNS = {
     "images_per_second": ("images/s", "{:,.0f}"),
     "mfu": ("MFU", "{:.3f}"),
     "peak_memory_gib": ("memory (GiB)", "{:.1f}"),
     "layout_kernels_per_step": ("layout kernels per step", "{:.1f}"),
 }
-# Title, measurement, figure, and the bound that it should keep.
+# Title, measurement, value, comparison, and bound.
 TARGETS = [
     ("trainer / bare step", "trainer, stl10, 256 images", "train_over_step", ">=", 0.98),
     ("MFU, stl10", BASE, "mfu", ">=", 0.40),
@@ -38,7 +38,7 @@ class Results:
 
     Args:
         out: Folder of the files.
-        command: Command line, for the reader.
+        command: Command line, for the report.
         notes: Options of the run.
     """
 
@@ -49,7 +49,7 @@ class Results:
         self.write()
 
     def add(self, stage: str, entry: Entry) -> None:
-        """Adds a result, rewrites the files and prints one line. Any thread may call it."""
+        """Adds a result, rewrites the files and prints one line. Thread-safe."""
         with self._lock:
             self.entries[stage].append(entry)
             self.write()
@@ -70,7 +70,7 @@ class Results:
         write_atomically(self.out / "RESULTS.md", self._markdown())
 
     def value(self, name: str, key: str) -> float | None:
-        """A figure of the entry `name`, or None."""
+        """Returns a value of the entry `name`, or None."""
         values = [entry.values.get(key) for entries in self.entries.values() for entry in entries if entry.name == name]
         return values[0] if values and isinstance(values[0], (int, float)) else None
 
@@ -105,13 +105,13 @@ class Results:
         return rows
 
     def _choices(self) -> list[list[str]]:
-        """Pairs of measurements that differ in one choice. `on` and `off` name the entries."""
+        """Returns rows of pairs of measurements that differ in one choice."""
         rows = []
         for entry in self.entries["speed"]:
             choice, on = entry.values.get("choice"), entry.values.get("images_per_second")
-            other = self.value(entry.values.get("compared_with", ""), "images_per_second")
-            if choice and on and other:
-                speeds = (on, other) if entry.values["is_on"] else (other, on)
+            off = self.value(entry.values.get("compared_with", ""), "images_per_second")
+            if choice and on and off:
+                speeds = (on, off) if entry.values["is_on"] else (off, on)
                 rows.append([choice, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[0] / speeds[1]:.3f}"])
         return rows
 
@@ -126,6 +126,6 @@ class Results:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)

@@ -1,8 +1,9 @@
-"""Checks on a machine with a GPU that everything works, and measures how fast it is.
+"""Checks correctness and measures speed on a machine with a GPU.
 
-Stages: the machine, correctness, speed, and quality, which gets the time that is left. Every check and every measurement is a
-process of its own with a time limit, and `results.json` and `RESULTS.md` are rewritten after each, so a run that is cut short
-leaves its results. `--rehearse` runs everything in tiny sizes on a CPU. Exit status: 0, 1 if anything failed, 2 without a GPU.
+Stages: environment, correctness, speed, and quality, which uses the remaining time. Each check and measurement runs in a
+separate process with a time limit. `results.json` and `RESULTS.md` are rewritten after each, so an interrupted run keeps its
+results.
+`--rehearse` runs everything with tiny sizes on a CPU. Exit status: 0, 1 if anything failed, 2 without a GPU.
 """
 
 import argparse
@@ -24,27 +25,27 @@ from processes import Entry, Runner, Settings, Task
 from report import Results
 
 HERE = Path(__file__).resolve().parent
-MARGIN = 4.0  # seconds at the end for writing and cleaning up
+MARGIN = 4.0  # seconds reserved for cleanup
 ENVIRONMENT_SECONDS, CORRECTNESS_SECONDS = 60.0, 120.0
-CORRECTNESS_FRACTION, SPEED_FRACTION = 0.22, 0.40  # of all time, at most
+CORRECTNESS_FRACTION, SPEED_FRACTION = 0.22, 0.40  # maximum fraction of the total time
 CHECK_SECONDS, MEASUREMENT_SECONDS, GROUP_SECONDS = 110.0, 150.0, 200.0
-LEAST = 20.0  # seconds in which a measurement has a chance to end
+LEAST = 20.0  # minimum remaining seconds to start a measurement
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the argument parser."""
     command = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    command.add_argument("--minutes", type=float, default=9.0, metavar="M", help="time for everything (default: 9)")
+    command.add_argument("--minutes", type=float, default=9.0, metavar="M", help="total time (default: 9)")
     command.add_argument("--shards", type=Path, metavar="DIR", help="images for the last stage, of 32 to 96 pixels a side")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
-    command.add_argument("--rehearse", action="store_true", help="the same in a small way on a CPU; needs no --shards")
+    command.add_argument("--rehearse", action="store_true", help="run everything with tiny sizes on a CPU, without --shards")
     return command
 
 
 def tasks(program: str, table: str, settings: Settings, seconds: float, least: float = 0.0) -> list[Task]:
-    """One task for each key of the dictionary `table` of a program; in a rehearsal two for all, to save the time of imports.
+    """Returns one task per key of the dictionary `table` of a program, or two tasks in a rehearsal, to save import time.
 
-    The program is not imported: this process waits neither for torch nor for what cannot be imported.
+    The program is parsed but not imported, since importing torch is slow and optional packages may be missing.
     """
     assignments = [node for node in ast.parse((HERE / program).read_text()).body if isinstance(node, ast.AnnAssign)]
     values = next(node.value for node in assignments if ast.unparse(node.target) == table)
@@ -58,22 +59,22 @@ def tasks(program: str, table: str, settings: Settings, seconds: float, least: f
 
 
 def run_stages(args: argparse.Namespace, settings: Settings, results: Results, begin: float) -> None:
-    """All stages, one after the other. One that fails as a whole is recorded, too."""
+    """Runs all stages in order and records exceptions of a stage."""
     cores, total, rehearse = os.cpu_count() or 1, 60 * args.minutes, settings.rehearse
     runner = Runner(settings, args.out / "log.txt")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what is running, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops running tasks like Ctrl-C
     end = begin + total - MARGIN
 
-    def run_tasks(program: str, table: str, seconds: float, each: float, most: int, least: float = 0.0) -> None:
-        lanes = 2 if rehearse else max(1, most)
+    def run_tasks(program: str, table: str, seconds: float, limit: float, parallel: int, least: float = 0.0) -> None:
+        num_workers = 2 if rehearse else max(1, parallel)
         deadline = end if rehearse else min(end, time.monotonic() + seconds)
         record = partial(results.add, program.removesuffix(".py"))
-        runner.run_all(tasks(program, table, settings, each, least), lanes, deadline, record)
+        runner.run_all(tasks(program, table, settings, limit, least), num_workers, deadline, record)
 
-    limit, speed_limit = min(CORRECTNESS_SECONDS, CORRECTNESS_FRACTION * total), SPEED_FRACTION * total
+    correctness_limit, speed_limit = min(CORRECTNESS_SECONDS, CORRECTNESS_FRACTION * total), SPEED_FRACTION * total
     stages: dict[str, Callable[[], None]] = {
         "environment": lambda: run_tasks("environment.py", "FACTS", ENVIRONMENT_SECONDS, ENVIRONMENT_SECONDS, 3),
-        "correctness": lambda: run_tasks("correctness.py", "CHECKS", limit, CHECK_SECONDS, min(6, cores // 2)),
+        "correctness": lambda: run_tasks("correctness.py", "CHECKS", correctness_limit, CHECK_SECONDS, min(6, cores // 2)),
         "speed": lambda: run_tasks("speed.py", "MEASUREMENTS", speed_limit, MEASUREMENT_SECONDS, min(3, cores // 4), LEAST),
         "quality": lambda: quality.run(runner, args.out, end, partial(results.add, "quality")),
     }
@@ -93,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import torch
 
         if not torch.cuda.is_available():
-            print("error: torch finds no GPU here; --rehearse does the same in a small way on a CPU", file=sys.stderr)
+            print(
+                "error: no GPU is available to torch; use --rehearse to run everything with tiny sizes on a CPU",
+                file=sys.stderr,
+            )
             return 2
         if args.shards is None or not (args.shards / "index.json").exists():
             print("error: --shards DIR: give a folder of shards (python -m vae_scale.pack) for the last stage", file=sys.stderr)
@@ -113,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         results.write()
         shutil.rmtree(scratch, ignore_errors=True)
-    print(f"{args.out / 'RESULTS.md'}: {'something failed' if results.has_failures else 'nothing failed'}")
+    print(f"{args.out / 'RESULTS.md'}: {'failed' if results.has_failures else 'passed'}")
     return int(results.has_failures)
 
 

@@ -1,4 +1,4 @@
-"""Measurements of speed. Each name of MEASUREMENTS is one. They run side by side, but only one at a time uses the GPU."""
+"""Measurements of speed, listed in MEASUREMENTS. They run in parallel, but use the GPU one at a time."""
 
 import contextlib
 import fcntl
@@ -44,15 +44,15 @@ Result = tuple[str, dict[str, Any]]
 NEVER = 10**9  # images
 TINY = ["--model.preset=tiny", "--model.width=16", "--model.attention=false", "--train.precision=fp32", "--train.batch_size=8"]
 TINY_FLOW = ["--prior.width=64", "--prior.depth=1"]
-# Kernels that do nothing but change the memory format of a tensor, by parts of their names in cuDNN and in torch.
+# Names of the kernels of cuDNN and torch that only convert the memory format of a tensor.
 LAYOUT = re.compile(r"nchwToNhwc|nhwcToNchw|nchw_to_nhwc|nhwc_to_nchw|convertTensor|tensorTransform|AddPadding", re.IGNORECASE)
 SHOWN_KERNELS = 8
 
 
 @contextlib.contextmanager
 def exclusive_device(settings: Settings) -> Iterator[None]:
-    """Within it no other measurement uses the GPU. While this one compiles, which takes the CPU only, others may."""
-    kind = fcntl.LOCK_SH if settings.rehearse else fcntl.LOCK_EX  # speeds of a rehearsal mean nothing
+    """Locks the GPU for a measurement. The lock is released during compilation, which uses only the CPU."""
+    kind = fcntl.LOCK_SH if settings.rehearse else fcntl.LOCK_EX  # speeds are not meaningful in a rehearsal
     with (settings.scratch / "device.lock").open("w") as file:
 
         def acquire(*_: object) -> None:
@@ -72,16 +72,16 @@ def exclusive_device(settings: Settings) -> Iterator[None]:
 
 
 def options(settings: Settings, config: str, batch: int, *more: str) -> list[str]:
-    """The options of a training with a configuration of the repository."""
+    """Returns training options with a configuration file of the repository."""
     words = [f"--config=configs/{config}.yaml", f"--data.shards={settings.shards}", "--track.tracker=none", *more]
     return [*words, *(TINY if settings.rehearse else [f"--train.batch_size={batch}"])]
 
 
 def configuration(settings: Settings, config: str, batch: int, *more: str) -> Config:
-    """The same, as a `Config`.
+    """Returns `options` as a `Config`.
 
     Raises:
-        Skip: there is no such option.
+        Skip: if an option is invalid.
     """
     try:
         return parse(options(settings, config, batch, *more))[0]
@@ -89,44 +89,46 @@ def configuration(settings: Settings, config: str, batch: int, *more: str) -> Co
         raise Skip(str(error)) from None
 
 
-def run_bench(settings: Settings, verb: str, name: str, words: list[str], repeats: int, *more: str) -> dict[str, Any]:
-    """The report of `python -m vae_scale.bench VERB`, or of `tests/benchmarks/compare_trainers.py`."""
-    report = settings.scratch / f"{slug(name)}.bench.json"
+def run_bench(settings: Settings, command: str, name: str, words: list[str], repeats: int, *more: str) -> dict[str, Any]:
+    """Returns the report of `python -m vae_scale.bench COMMAND`, or of `tests/benchmarks/compare_trainers.py`."""
+    path = settings.scratch / f"{slug(name)}.bench.json"
     benchmark.SECONDS, measuring.CEILING_SECONDS = (0.05, 0.02) if settings.rehearse else (2.0, 0.1)
     if settings.rehearse:
         measuring.SIZES, repeats = {"cpu": (256,)}, 1
     try:
         with exclusive_device(settings):
-            command = [*words, f"--repeats={repeats}", f"--json={report}", *more]
-            if verb == "compare":
-                compare_trainers.main(command)
+            argv = [*words, f"--repeats={repeats}", f"--json={path}", *more]
+            if command == "compare":
+                compare_trainers.main(argv)
             else:
-                bench.main([verb, *command])
+                bench.main([command, *argv])
     except SystemExit as error:
-        raise RuntimeError(f"bench {verb} ends with exit status {error.code}") from None
-    figures: dict[str, Any] = json.loads(report.read_text())
-    return figures
+        raise RuntimeError(f"exit status of bench {command}: {error.code}") from None
+    report: dict[str, Any] = json.loads(path.read_text())
+    return report
 
 
-def figures(report: dict[str, Any], row: str) -> dict[str, Any]:
-    """The figures of a report: images per second of the table's line `row`, and the ratios."""
-    runs = next(each["runs"] for each in report["rows"] if each["name"] == row)
+def summarize(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns the values of a report: images per second of the row `name`, and the ratios."""
+    runs = next(row["runs"] for row in report["rows"] if row["name"] == name)
     speed = sorted(runs)[len(runs) // 2]
     memory = report["peak_memory_bytes"] / 2**30
     return {"images_per_second": speed, "runs": runs, "peak_memory_gib": memory, "batch": report["batch"], **report["ratios"]}
 
 
 def kernels(trace: Path, steps: int) -> dict[str, Any]:
-    """Layout conversions per step and the kernels that take longest, from a profiler's trace."""
+    """Returns layout conversions per step and the slowest kernels from a profiler trace."""
     counts, times = Counter[str](), Counter[str]()
     for event in json.loads(trace.read_text())["traceEvents"]:
         if event.get("cat") == "kernel":
             counts[event["name"]] += 1
             times[event["name"]] += event["dur"]
-    if not counts:  # on a CPU, or where GPUs may not be profiled
+    if not counts:  # on a CPU, or if GPU profiling is not permitted
         return {}
     total = sum(times.values())
-    top = [[name[:120], round(spent / total, 4), counts[name] / steps] for name, spent in times.most_common(SHOWN_KERNELS)]
+    top = [
+        [name[:120], round(duration / total, 4), counts[name] / steps] for name, duration in times.most_common(SHOWN_KERNELS)
+    ]
     layout = [name for name in counts if LAYOUT.search(name)]
     return {
         "layout_kernels_per_step": sum(counts[name] for name in layout) / steps,
@@ -137,13 +139,13 @@ def kernels(trace: Path, steps: int) -> dict[str, Any]:
 
 
 def step(config: str, batch: int, settings: Settings, choice: str = "", *more: str, trace: bool = True) -> Result:
-    """The bare training step, with a trace of its kernels; of a `choice`, beside the measurement without it."""
+    """Measures the bare training step, with a kernel trace. A `choice` is compared with the default step."""
     configuration(settings, config, batch, *more)
     name = f"step_{config}_{batch}_{choice}"
     traces = settings.scratch / f"{slug(name)}_traces"
     extra = [f"--profile={traces}"] if trace else []
     report = run_bench(settings, "step", name, options(settings, config, batch, *more), 2, *extra)
-    values = figures(report, benchmark.STEP) | (kernels(traces / "step.json", benchmark.PROFILED_STEPS) if trace else {})
+    values = summarize(report, benchmark.STEP) | (kernels(traces / "step.json", benchmark.PROFILED_STEPS) if trace else {})
     values |= {"parameters": report["parameters"], "flops_per_image": report["flops_per_image"]}
     if choice:
         values |= {"choice": f"{choice}, {config}, {batch} images", "compared_with": f"step, {config}, {batch} images"}
@@ -151,18 +153,18 @@ def step(config: str, batch: int, settings: Settings, choice: str = "", *more: s
     return "" if choice else f"{report['parameters'] / 1e6:.0f} M parameters, {report['precision']}", values
 
 
-def torch_norms(settings: Settings) -> Result:
-    """The step with torch's own GroupNorm."""
+def torch_group_norm(settings: Settings) -> Result:
+    """Measures the step with the GroupNorm of torch.nn."""
     with mock.patch.object(blocks.GroupNorm, "forward", nn.GroupNorm.forward):
         return step("stl10", 256, settings, "channels_last GroupNorm")
 
 
 def without_cudnn_benchmark(settings: Settings) -> Result:
-    """The step without cuDNN's trials of algorithms."""
-    make = Trainer.__init__
+    """Measures the step without cuDNN's autotuning."""
+    original_init = Trainer.__init__
 
     def initialize(self: Trainer, config: Config) -> None:
-        make(self, config)
+        original_init(self, config)
         torch.backends.cudnn.benchmark = False
 
     with mock.patch.object(Trainer, "__init__", initialize):
@@ -170,75 +172,75 @@ def without_cudnn_benchmark(settings: Settings) -> Result:
 
 
 def cuda_graphs(batch: int, settings: Settings) -> Result:
-    """The step as CUDA graphs."""
+    """Measures the step with CUDA graphs."""
     if settings.rehearse:
         raise Skip("needs a GPU")
     return step("stl10", batch, settings, "CUDA graphs", "--train.compile=cuda_graphs", trace=False)
 
 
 def trainer(settings: Settings) -> Result:
-    """The whole trainer, with its stream, averaged weights and checkpoints, beside the bare step."""
+    """Compares the trainer, with data loading, EMA and checkpoints, with the bare step."""
     report = run_bench(settings, "train", "trainer", options(settings, "stl10", 256), 2)
-    values = figures(report, benchmark.TRAIN)
+    values = summarize(report, benchmark.TRAIN)
     values["parts"] = {part["name"]: part["ms_per_step"] for part in report["parts"]}
-    return f"{values['train_over_step']:.3f} of the bare step, waits for data {values['data_wait']:.1%}", values
+    return f"{values['train_over_step']:.3f} of the bare step, data loading {values['data_wait']:.1%}", values
 
 
 def peers(config: str, batch: int, families: str, settings: Settings, *more: str) -> Result:
-    """The whole trainer beside the same training by other loops."""
+    """Compares the trainer with other training loops."""
     if "diffusers" in families and not importlib.util.find_spec("diffusers"):
         raise Skip("diffusers is not installed")
     if settings.rehearse and "kl" in config:
         raise Skip("too slow for a rehearsal")
     words = options(settings, "stl10", batch, *more)
     report = run_bench(settings, "compare", f"peers_{config}", words, 1, f"--peers={families}")
-    values = figures(report, benchmark.TRAIN)
+    values = summarize(report, benchmark.TRAIN)
     values["loops"] = {row["name"]: row["runs"] for row in report["rows"]}
     ratios = {name: ratio for name, ratio in report["ratios"].items() if name.startswith("over_")}
     summary = ", ".join(f"{name.removeprefix('over_')} {ratio:.2f}" for name, ratio in ratios.items())
     return f"trainer over {summary}" if ratios else f"missing: {report['missing']}", values
 
 
-def untrained(settings: Settings) -> VAE:
-    """The networks of stl10.yaml and stl10_prior.yaml, with random weights."""
+def build_untrained(settings: Settings) -> VAE:
+    """Builds the VAE of stl10.yaml and the flow of stl10_prior.yaml with random weights."""
     config = configuration(settings, "stl10", 256)
     prior = parse(["--config=configs/stl10_prior.yaml", *(TINY_FLOW if settings.rehearse else [])])[0].prior
     torch.manual_seed(0)
     model = build_model(config.model, 96)
     model.add_flow(prior.width, prior.depth, prior.patch_size, [str(number) for number in range(10)])
-    for parameter in model.parameters():  # some are zero at the start
+    for parameter in model.parameters():  # some are zero-initialized
         nn.init.normal_(parameter, std=0.02)
     device = "cpu" if settings.rehearse else "cuda"
     return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def autocast(settings: Settings) -> torch.autocast:
-    """bf16 on a GPU."""
+    """Returns bf16 autocast on a GPU."""
     return torch.autocast("cpu" if settings.rehearse else "cuda", torch.bfloat16, enabled=not settings.rehearse)
 
 
 def sampling(settings: Settings) -> Result:
-    """Images per second of samples from noise to pixels in the host's memory: 25 steps of the flow, then the decoder."""
-    model, batch, rounds = untrained(settings), 8 if settings.rehearse else 512, 1 if settings.rehearse else 4
+    """Measures sampling, from noise to pixels in host memory: 25 steps of the flow and the decoder."""
+    model, batch, rounds = build_untrained(settings), 8 if settings.rehearse else 512, 1 if settings.rehearse else 4
     speeds, steps = {}, 2 if settings.rehearse else 25
     with exclusive_device(settings), autocast(settings):
         for solver in ("heun", "euler"):
             sampling = SamplingConfig(steps, solver)
 
-            def draw(numbers: range, sampling: SamplingConfig = sampling) -> torch.Tensor:
+            def sample_latents(numbers: range, sampling: SamplingConfig = sampling) -> torch.Tensor:
                 return model.sample_latents(numbers, 0, 1.0, "flow", sampling, batch)
 
-            sample_images(model, draw, batch, batch, 0, compiled=not settings.rehearse and solver == "heun")
+            sample_images(model, sample_latents, batch, batch, 0, compiled=not settings.rehearse and solver == "heun")
             begin = time.perf_counter()
-            sample_images(model, draw, rounds * batch, batch, 0)  # compiled by now; pictures end in the host's memory
+            sample_images(model, sample_latents, rounds * batch, batch, 0)  # already compiled
             speeds[solver] = rounds * batch / (time.perf_counter() - begin)
     summary = f"{steps} steps of Heun's method, batches of {batch}; {speeds['euler']:,.0f} images/s with Euler's"
     return summary, {"images_per_second": speeds["heun"], "euler_images_per_second": speeds["euler"]}
 
 
 def encoding(settings: Settings) -> Result:
-    """Images per second from shards of images to shards of latents."""
-    model, shards = untrained(settings), ShardSet.open(str(settings.shards))
+    """Measures encoding from shards of images to shards of latents."""
+    model, shards = build_untrained(settings), ShardSet.open(str(settings.shards))
     with exclusive_device(settings), autocast(settings):
         for split in ("test", "unlabeled"):  # the first compiles
             part = shards.select(split)
@@ -250,47 +252,46 @@ def encoding(settings: Settings) -> Result:
 
 
 def evaluation(settings: Settings) -> Result:
-    """Seconds of one evaluation, and of one checkpoint, in the loop, and their shares of a run at the configured intervals."""
+    """Measures the time of an evaluation and a checkpoint, and the fraction of a run spent in evaluations."""
     config = configuration(settings, "stl10", 256, f"--run={settings.scratch / 'evaluation'}", "--evaluate.early=false")
     interval = config.evaluate.every
     config.evaluate.every = config.checkpoint.every = config.train.images = NEVER
     if settings.rehearse:
         config.evaluate.images, config.evaluate.prior_fit_images = 16, 16
-    subject, repeats = Trainer(config), 2 if settings.rehearse else 30
-    with exclusive_device(settings), closing(subject.batches()) as batches, subject.progress_bar():
-        subject.start_interval()
+    trainer, repeats = Trainer(config), 2 if settings.rehearse else 30
+    with exclusive_device(settings), closing(trainer.batches()) as batches, trainer.progress_bar():
+        trainer.start_interval()
 
-        def seconds(steps: int) -> float:
-            measuring.synchronize(subject.device)
+        def measure_steps(steps: int) -> float:
+            measuring.synchronize(trainer.device)
             begin = time.perf_counter()
             for images in itertools.islice(batches, steps):
-                subject.train_iteration(images)
-            measuring.synchronize(subject.device)
+                trainer.train_iteration(images)
+            measuring.synchronize(trainer.device)
             return time.perf_counter() - begin
 
-        seconds(3)
-        each = seconds(repeats) / repeats
+        measure_steps(3)
+        step_seconds = measure_steps(repeats) / repeats
         durations = {}
         for name, section in (("evaluation", config.evaluate), ("checkpoint", config.checkpoint)):
             section.every = 1  # due after each step
-            seconds(1)  # the first has kernels to load
-            subject.writer.wait()
-            durations[name] = max(0.0, seconds(1) - each)
+            measure_steps(1)  # warm-up
+            trainer.writer.wait()
+            durations[name] = max(0.0, measure_steps(1) - step_seconds)
             section.every = NEVER
-        subject.writer.wait()
+        trainer.writer.wait()
     size = config.train.global_batch_size
-    values: dict[str, Any] = {f"{name}_seconds": spent for name, spent in durations.items()}
-    for gpus in (1, 8):  # as if no part of it were shared by 8
-        training = interval / size * each / gpus
+    values: dict[str, Any] = {f"{name}_seconds": duration for name, duration in durations.items()}
+    for gpus in (1, 8):  # an upper bound for 8, since evaluation is distributed
+        training = interval / size * step_seconds / gpus
         values[f"share_{gpus}_gpu"] = durations["evaluation"] / (durations["evaluation"] + training)
-    summary = f"{durations['evaluation']:.2f} s, a checkpoint with its mixture {durations['checkpoint']:.2f} s; an evaluation "
-    summary += "is "
-    summary += f"{values['share_1_gpu']:.2%} of a run on 1 GPU, at most {values['share_8_gpu']:.2%} on 8"
+    summary = f"{durations['evaluation']:.2f} s, a checkpoint with its mixture {durations['checkpoint']:.2f} s; "
+    summary += f"evaluation takes {values['share_1_gpu']:.2%} of a run on 1 GPU, at most {values['share_8_gpu']:.2%} on 8"
     return summary, values
 
 
 def compilation(settings: Settings) -> Result:
-    """Seconds until the first steps of a VAE and of its flow are done. The last stage finds them compiled."""
+    """Measures the start-up of a VAE and its flow until the first steps. The quality stage reuses the compiled code."""
     seconds = {}
     for name in (quality.VAE, quality.FLOW):
         words = [*quality.options(name, settings, "compiled"), "--evaluate.images=64", "--evaluate.prior_fit_images=64"]
@@ -301,14 +302,14 @@ def compilation(settings: Settings) -> Result:
             trainer.run()
         seconds[name] = time.perf_counter() - begin
         reset_state()
-    return ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items()), {"seconds": seconds}
+    return ", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items()), {"seconds": seconds}
 
 
 KL = ["--model.preset=kl", "--optimizer.lr=0.0001"]
-# In the order of their value: what comes last may find no time.
+# In order of importance, since the last ones may be skipped for lack of time.
 MEASUREMENTS: dict[str, Callable[[Settings], Result]] = {
     "step, stl10, 256 images": partial(step, "stl10", 256),
-    "torch's GroupNorm, stl10, 256 images": torch_norms,
+    "torch's GroupNorm, stl10, 256 images": torch_group_norm,
     "start and compilation": compilation,
     "no cudnn.benchmark, stl10, 256 images": without_cudnn_benchmark,
     "CUDA graphs, stl10, 256 images": partial(cuda_graphs, 256),

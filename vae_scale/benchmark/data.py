@@ -1,4 +1,4 @@
-"""How fast images are loaded: the machine's limit, the stream, webdataset and torchvision."""
+"""Throughput of loading images: random copies from memory, the stream, webdataset and torchvision."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ from vae_scale.data.stream import Stream
 from vae_scale.errors import UserError
 
 SECONDS = 1.0  # duration of a run
-NUM_BUFFERS = 6  # as many as the stream uses in turn
+NUM_BUFFERS = 6  # as in the stream
 LIMIT = "random copies from memory"
 
 Tasks = dict[str, Callable[[], float]]  # each returns images per second
@@ -34,7 +34,7 @@ class DataReport:
     """Throughput of loading images.
 
     Attributes:
-        rows: Images per second of each way to load them.
+        rows: Images per second of each loader.
         ratios: `of_gather_limit`, the stream over the fastest random copy from memory; `over_webdataset`, `over_torchvision`.
         first_batch_seconds: From opening the shards to the first batch.
         memory_bytes: Growth of resident memory while streaming with a shuffle window of two shards.
@@ -50,12 +50,12 @@ def measure(shards: ShardSet, batch: int, repeats: int) -> DataReport:
     """Measures how fast batches are loaded from shards, by the stream and by webdataset and torchvision.
 
     Args:
-        shards: What is read. torchvision's STL10 is measured on images of 96x96 only, webdataset on local shards only.
+        shards: The images. torchvision's STL10 is measured only for images of 96x96, webdataset only for local shards.
         batch: Images per batch.
-        repeats: Runs of each, of which the median is used.
+        repeats: Number of runs of each loader. The median is used.
 
     Raises:
-        UserError: there are fewer than two batches of images.
+        UserError: if there are fewer than two batches of images.
     """
     if len(shards) < 2 * batch:
         raise UserError(f"{shards.location}: {len(shards):,} images are too few to measure batches of {batch}")
@@ -81,14 +81,14 @@ def measure_start(shards: ShardSet, batch: int) -> tuple[float, int]:
     next(iter(Stream(ShardSet.open(shards.location), batch, seed=0)))
     seconds = time.perf_counter() - begin
     process = psutil.Process()
-    before = highest = process.memory_info().rss
+    initial = peak = process.memory_info().rss
     for _ in itertools.islice(Stream(shards, batch, seed=0, window=2), len(shards) // batch):
-        highest = max(highest, process.memory_info().rss)
-    return seconds, highest - before
+        peak = max(peak, process.memory_info().rss)
+    return seconds, peak - initial
 
 
 def gather_limit_tasks(images: Images, batch: int) -> Tasks:
-    """Random rows copied from memory into buffers, with one thread and with all: no loader can be faster."""
+    """Returns tasks that copy random rows from memory into buffers, with one thread and with all: an upper limit."""
     memory = mmap.mmap(-1, images.nbytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)  # fewer page table lookups
@@ -103,12 +103,12 @@ def gather_limit_tasks(images: Images, batch: int) -> Tasks:
                 yield len(rows)
 
     def run(threads: int) -> float:
-        before = torch.get_num_threads()
+        previous = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             return measure_throughput(batch_sizes())
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(previous)
 
     tasks: Tasks = {f"{LIMIT}, 1 thread": lambda: run(1)}
     if (threads := torch.get_num_threads()) > 1:
@@ -117,7 +117,7 @@ def gather_limit_tasks(images: Images, batch: int) -> Tasks:
 
 
 def stream_tasks(shards: ShardSet, batch: int) -> Tasks:
-    """The stream's uint8 batches on the CPU and, if there is one, on the GPU."""
+    """Returns tasks that read the stream's uint8 batches to the CPU and, if available, to the GPU."""
 
     def run(device: str = "cpu", cache: str = "host") -> float:
         stream = Stream(shards, batch, seed=0, device=device, cache=cache)
@@ -148,12 +148,12 @@ def measure_throughput(batch_sizes: Iterator[int], *, skip: int = 0, images: flo
 
 
 def _measure_loader(loader: Any) -> float:
-    """Images per second after the first batch."""
+    """Returns images per second after the first batch."""
     return measure_throughput((len(batch[0]) for epoch in itertools.repeat(loader) for batch in epoch), skip=1)
 
 
 def _webdataset_loader(shards: ShardSet, batch: int) -> Any:
-    """The pipeline of webdataset's README, in this process."""
+    """Returns the pipeline of webdataset's README, in this process."""
     import webdataset
 
     urls = [str(Path(shards.location) / shard.url) for shard in shards.shards]
@@ -164,7 +164,7 @@ def _webdataset_loader(shards: ShardSet, batch: int) -> Any:
 
 
 def _torchvision_loader(root: Path, batch: int) -> Any:
-    """torchvision's STL10 in a DataLoader, in this process."""
+    """Returns a DataLoader of torchvision's STL10, in this process."""
     from torchvision.datasets import STL10
     from torchvision.transforms import Compose, Normalize, ToTensor
 

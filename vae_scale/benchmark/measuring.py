@@ -1,4 +1,4 @@
-"""Alternated runs and their medians, the machine they ran on, and its upper limits."""
+"""Alternating measurements, the limits of the device, and reports."""
 
 import dataclasses
 import math
@@ -18,19 +18,19 @@ from tqdm import tqdm
 from vae_scale import __version__
 from vae_scale.files import write_json
 
-CEILING_SECONDS = 0.3  # of a run
-SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # sides of matrices
+CEILING_SECONDS = 0.3  # duration of a run
+SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # of square matrices
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 MATRIX, COPY = "matrix product", "memory copy"
 
 
 @dataclass
 class Row:
-    """A line of a table.
+    """The measurements of a task.
 
     Attributes:
-        name: What was measured.
-        runs: Speed of each run, in images per second unless the name says otherwise.
+        name: Name of the task.
+        runs: Speed of each run, in images per second; the units of limits are those of `ceilings`.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Row:
 
 
 def alternate(tasks: Mapping[str, Callable[[], float]], repeats: int, description: str) -> dict[str, Row]:
-    """Runs all tasks one after the other, `repeats` times, so that other load on the machine affects all of them alike.
+    """Runs all tasks in alternation, so that other load on the machine affects them equally.
 
     Args:
-        tasks: By name; each returns a speed.
-        repeats: Runs of each, after a warm-up run.
-        description: Of the progress bar.
+        tasks: Functions by name. Each returns a speed.
+        repeats: Number of runs of each task, after a warm-up run.
+        description: Text of the progress bar.
     """
     rows = {name: Row(name) for name in tasks}
     with tqdm(total=len(tasks) * (repeats + 1), unit=" runs", desc=description, disable=not tasks) as bar:
@@ -63,11 +63,11 @@ def alternate(tasks: Mapping[str, Callable[[], float]], repeats: int, descriptio
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
-    """The device's limits, as tasks to alternate with others.
+    """Returns tasks that measure the limits of the device.
 
     Returns:
-        The best of some matrix products of `dtype`, in FLOP per second; a copy within memory, in bytes read and written
-        per second.
+        The fastest of several matrix products of `dtype`, in FLOP per second, and a copy within memory, in bytes read and
+        written per second.
     """
     squares = [torch.randn(side, side, device=device, dtype=dtype) for side in SIZES[device.type]]
     results = [torch.empty_like(square) for square in squares]
@@ -106,7 +106,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def machine() -> dict[str, str]:
-    """Hardware, versions and date, on which figures depend."""
+    """Returns the date, the hardware and the versions."""
     info = {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu(),
@@ -135,7 +135,7 @@ def table(rows: list[Row]) -> str:
 
 
 def markdown(lines: list[list[str]]) -> str:
-    """Formats rows of cells, the first of which is the heading, as a Markdown table."""
+    """Formats rows of cells as a Markdown table. The first row is the heading."""
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
 
     def padded(cells: list[str]) -> str:
@@ -147,7 +147,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def write_report(path: Path | None, report: Any) -> None:
-    """Writes a dataclass as JSON, with the machine it was measured on; nothing if `path` is None."""
+    """Writes a dataclass and a description of the machine as JSON, unless `path` is None."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"machine": machine(), **dataclasses.asdict(report)})

@@ -1,1 +1,1 @@
-"""Options of training: what there is, and how it is read."""
+"""Options of training, their parsing and help texts."""

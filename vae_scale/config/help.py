@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from vae_scale.config.options import Config
 
-SECTIONS: dict[str, Any] = {part.name: part.type for part in dataclasses.fields(Config) if dataclasses.is_dataclass(part.type)}
+SECTIONS: dict[str, Any] = {
+    field.name: field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)
+}
 COMMON = [
     "run",
     "data.shards",
@@ -60,9 +62,9 @@ def list_options() -> dict[str, Option]:
     for prefix, kind in {"": Config, **{f"{name}.": kind for name, kind in SECTIONS.items()}}.items():
         entries = textwrap.dedent(kind.__doc__.split("Attributes:\n")[1]).strip().splitlines()
         texts = dict(entry.split(": ", 1) for entry in entries)
-        for part in dataclasses.fields(kind):
-            if not dataclasses.is_dataclass(part.type):
-                options[prefix + part.name] = Option(part.type, getattr(kind(), part.name), texts[part.name])
+        for field in dataclasses.fields(kind):
+            if not dataclasses.is_dataclass(field.type):
+                options[prefix + field.name] = Option(field.type, getattr(kind(), field.name), texts[field.name])
     return options
 
 

@@ -10,10 +10,10 @@ from jsonargparse.typing import restricted_number_type
 
 from vae_scale.errors import UserError, redact
 
-MAX_BLOCKS = 1000  # in a network, whose description may come from an untrusted file
+MAX_BLOCKS = 1000  # in a network; configuration files may be untrusted
 BELOW = ("<", 2**63)
 
-if TYPE_CHECKING:  # mypy cannot see the types that are created below
+if TYPE_CHECKING:  # mypy does not support types that are created at run time
     from builtins import float as Fraction
     from builtins import float as NonNegativeFloat
     from builtins import float as PositiveFloat
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # mypy cannot see the types that are created below
     from builtins import int as BlockCount
     from builtins import int as NonNegativeInt
     from builtins import int as PositiveInt
-else:  # jsonargparse has types of these names, too, but without an upper bound
+else:  # the types of jsonargparse with these names have no upper bound
 
     def _number(kind: type, description: str, *bounds: tuple[str, float]) -> type:
         return restricted_number_type(description, kind, list(bounds))
@@ -58,7 +58,7 @@ class VAEConfig:
         network: resnet, hierarchical (several layers of latents), kl (AutoencoderKL of diffusers) or seed_notebook.
         patch_size: Side in pixels of the patches that the first layer folds into channels (space to depth).
         width: Channels at the finest level.
-        channel_mult: Channels of each level, as multiples of `width`. Each level halves the resolution of the one before.
+        channel_mult: Channels of each level, as multiples of `width`. Each level halves the resolution of the previous one.
         num_res_blocks: Residual blocks per level (the decoder has one more). hierarchical: latent layers per level.
         attention: Whether to use self-attention at the coarsest level.
         latent: spatial (a feature map) or vector (one vector per image).
@@ -81,7 +81,7 @@ class VAEConfig:
 
     @property
     def downsampling_factor(self) -> int:
-        """Returns f, the side of the image divided by the side of the coarsest feature map."""
+        """The factor f between the side of the image and the side of the coarsest feature map."""
         levels = 2 ** (len(self.channel_mult) - 1)
         factors = {"resnet": self.patch_size * levels, "kl": levels, "hierarchical": self.patch_size, "seed_notebook": 4}
         return factors[self.network]
@@ -96,15 +96,15 @@ class DataConfig:
         train: Comma-separated splits to train on. Splits that the shards do not have are ignored.
         test: Split used for evaluation, never for training.
         shuffle_window: Number of shards whose samples are shuffled together. null: all, or 16 if they are remote or compressed.
-        streams: Groups of shards that each batch is drawn from. With N streams, each of N nodes reads 1/N of the shards.
+        streams: Groups of shards from which each batch is drawn. With N streams, each of N nodes reads 1/N of the shards.
         prefetch_batches: Batches prepared in advance.
-        cache: Where the images are kept: host (memory-mapped files) or device (the whole set in GPU memory).
+        cache: Memory that holds the images: host (memory-mapped files) or device (all images in GPU memory).
         horizontal_flip: Whether to flip images at random.
         random_crop: Largest fraction of each side removed by random cropping. The crop is resized to the original size.
         color_jitter: Largest relative change of brightness, contrast and saturation.
         cache_dir: Folder for downloaded shards. null: ~/.cache/vae_scale/shards.
         cache_size_gib: Maximum size of cache_dir in GiB. null: 50.
-        on_bad_shard: For a missing or damaged shard: stop, or skip (replace its images by those of other shards).
+        on_bad_shard: For a missing or damaged shard: stop, or skip (replace its images by images of other shards).
     """
 
     shards: str = "data/stl10"
@@ -123,7 +123,7 @@ class DataConfig:
 
     @property
     def train_splits(self) -> list[str]:
-        """Returns the names of the splits to train on."""
+        """Names of the splits to train on."""
         return [name.strip() for name in self.train.split(",") if name.strip()]
 
 
@@ -151,7 +151,7 @@ class ObjectiveConfig:
 
     @property
     def uses_discriminator(self) -> bool:
-        """Returns whether the loss has an adversarial or a feature matching term."""
+        """Whether the loss has an adversarial or a feature matching term."""
         return self.adversarial_weight > 0 or self.feature_matching_weight > 0
 
 
@@ -202,11 +202,11 @@ class TrainConfig:
     """The training loop.
 
     Attributes:
-        images: Images to train on in total, counting each repetition.
+        images: Images to train on in total, including repetitions.
         batch_size: Images per optimizer step over all processes, or auto: the largest batch that fits into memory.
-        gradient_accumulation_steps: Number of parts in which a process computes its share of a batch, to save memory.
+        gradient_accumulation_steps: Forward and backward passes per optimizer step and process. More passes need less memory.
         precision: Numeric precision. auto: bf16 if the hardware supports it, otherwise fp16 on GPUs and fp32 on CPUs.
-        grad_reduce_dtype: Data type in which processes average gradients. bf16 halves the traffic and rounds.
+        grad_reduce_dtype: Data type in which gradients are averaged over processes. bf16 halves the traffic, but rounds.
         compile: Use of torch.compile. auto: on for GPUs. cuda_graphs: with CUDA graphs, for few images per GPU.
         ema_decay: Decay per step of the averaged weights, which evaluation and sampling use.
         log_every: Optimizer steps between log lines.
@@ -225,13 +225,13 @@ class TrainConfig:
 
     @property
     def global_batch_size(self) -> int:
-        """Returns the images per optimizer step over all processes.
+        """Images per optimizer step over all processes.
 
         Raises:
             UserError: `batch_size` is auto and has not been resolved yet.
         """
         if self.batch_size == "auto":
-            raise UserError("train.batch_size is auto, which only training can resolve; give a number here")
+            raise UserError("train.batch_size is auto, which is only supported for training; give a number")
         return self.batch_size
 
 
@@ -240,11 +240,11 @@ class EvaluateConfig:
     """Evaluation on held-out images during training.
 
     Attributes:
-        every: Images between evaluations. There is always one at the end.
+        every: Images between evaluations. Training also ends with an evaluation.
         images: Maximum number of held-out images.
         samples: Images in the grid of samples, which is written with every checkpoint.
-        early: Whether to write samples and reconstructions also after 256, 512, 1024, ... images until the first evaluation.
-        prior_fit_images: Maximum number of training images whose latents the mixture prior is fitted to.
+        early: Whether to also write samples and reconstructions after 256, 512, 1024, ... images before the first evaluation.
+        prior_fit_images: Maximum number of training images to whose latents the mixture prior is fitted.
     """
 
     every: PositiveInt = 500_000
@@ -259,9 +259,9 @@ class CheckpointConfig:
     """Checkpoints.
 
     Attributes:
-        every: Images between checkpoints. There is always one at the end.
+        every: Images between checkpoints. Training also ends with a checkpoint.
         keep: Number of newest checkpoints to keep.
-        keep_every: Also keep the first checkpoint after each multiple of this number of images. null: no others.
+        keep_every: Also keep the first checkpoint after each multiple of this number of images. null: keep no others.
     """
 
     every: PositiveInt = 500_000
@@ -286,7 +286,7 @@ class TrackConfig:
 
 @dataclass
 class Config:
-    """General.
+    """The configuration of a run.
 
     Attributes:
         run: Folder of the run. null: runs/NAME, where NAME is the name of the configuration file.
@@ -309,7 +309,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """Returns the folder of the run."""
+        """Folder of the run."""
         return Path(self.run or "runs/default")
 
 

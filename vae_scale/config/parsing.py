@@ -20,9 +20,9 @@ MAX_LEVELS = 16  # of a network; no option is a longer list
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
-    """Returns the configuration given by a command line and whether `--dry-run` was given.
+    """Returns the configuration of a command line, and whether it contains `--dry-run`.
 
-    `--help` and `--help-all` print a text and exit.
+    `--help` and `--help-all` print the help and exit.
 
     Raises:
         UserError: An option is unknown, has an invalid value, or contradicts another one.
@@ -39,9 +39,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
         args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"{error.argument_name}: {error.message}") from None
-    given = vars(args)
-    files, dry_run = given.pop("config"), given.pop("dry_run")
-    help_all, help_short = given.pop("help_all"), given.pop("help")
+    options = vars(args)
+    files, dry_run = options.pop("config"), options.pop("dry_run")
+    help_all, help_short = options.pop("help_all"), options.pop("help")
     if help_all or help_short:
         print(full_help() if help_all else short_help())
         raise SystemExit(0)
@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, bool]:
     values: dict[str, Any] = {}
     for name in files:
         values |= _load_file(name, types)
-    values |= _convert(given, types, from_text=True)
+    values |= _convert(options, types, from_text=True)
     config = Config(run=f"runs/{Path(files[-1]).stem}" if files else None)
     preset = PRESETS[values.get("model.preset", config.model.preset)]
     for name, value in ({f"model.{key}": copy.copy(value) for key, value in preset.items()} | values).items():
@@ -73,7 +73,7 @@ def vae_config_from_dict(values: Any, name: str) -> VAEConfig:
     try:
         if not isinstance(values, dict):
             raise UserError(f"expected an object with the options of a network, got {_format_value(values)}")
-        config = VAEConfig(**_convert(values, {part.name: part.type for part in dataclasses.fields(VAEConfig)}))
+        config = VAEConfig(**_convert(values, {field.name: field.type for field in dataclasses.fields(VAEConfig)}))
         validate(Config(model=config))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
@@ -89,7 +89,7 @@ def _load_file(name: str, types: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"the file has more than {MAX_FILE_BYTES:,} bytes")
         depth = 0
         for event in yaml.parse(content.decode(), yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):  # a few lines of nested aliases expand to more than the memory holds
+            if isinstance(event, yaml.AliasEvent):  # nested aliases can expand to more than fits into memory
                 raise UserError(f"YAML aliases (*{event.anchor}) are not supported")
             if "\0" in str(getattr(event, "value", "")):  # not allowed in paths
                 raise UserError("a value contains a NUL character")
@@ -98,13 +98,13 @@ def _load_file(name: str, types: dict[str, Any]) -> dict[str, Any]:
                 raise UserError(f"values are nested more than {MAX_FILE_DEPTH} deep")
         sections = yaml.safe_load(content)
         if not isinstance(sections, dict):
-            raise UserError("the file holds no options such as  train: {images: 1000}")
+            raise UserError("the file contains no options; expected, for example, train: {images: 1000}")
         values: dict[str, Any] = {}
         for key, value in sections.items():
             if key not in SECTIONS:
                 values[str(key)] = value
             elif isinstance(value, dict):
-                values |= {f"{key}.{inner}": part for inner, part in value.items()}
+                values |= {f"{key}.{name_in_section}": option for name_in_section, option in value.items()}
             else:
                 raise UserError(f"{key}: expected a section with options below it, got {_format_value(value)}")
         return _convert(values, types)
@@ -115,13 +115,13 @@ def _load_file(name: str, types: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert(values: dict[str, Any], types: dict[str, Any], from_text: bool = False) -> dict[str, Any]:
-    """Returns `values` converted to the types of their options. `from_text`: they are strings of the command line."""
+    """Returns `values` converted to the types of their options. With `from_text`, they are strings from the command line."""
     converted = {}
     for name, value in values.items():
         if name not in types:
             raise UserError(_unknown_option(name))
         if isinstance(value, list) and len(value) > MAX_LEVELS:
-            raise UserError(f"{name} has {len(value):,} values; at most {MAX_LEVELS} are allowed")
+            raise UserError(f"{name} has {len(value):,} values; the maximum is {MAX_LEVELS}")
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--value", type=types[name])
         try:
@@ -136,7 +136,7 @@ def _convert(values: dict[str, Any], types: dict[str, Any], from_text: bool = Fa
 
 
 def _to_builtin(value: Any) -> Any:
-    """Replaces instances of restricted number types, which YAML cannot write, by plain numbers."""
+    """Converts restricted number types, which YAML cannot write, to plain numbers."""
     if isinstance(value, (list, tuple)):
         return type(value)(map(_to_builtin, value))
     kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
@@ -169,7 +169,7 @@ def _unknown_option(name: str) -> str:
 
 
 def validate(config: Config) -> None:
-    """Checks what the types of single options cannot express.
+    """Checks constraints that the types of options do not express.
 
     Raises:
         UserError: Options contradict each other or have no effect.
@@ -180,11 +180,11 @@ def validate(config: Config) -> None:
     if train.batch_size != "auto":
         divides = train.batch_size % data.streams == 0
         _require(divides, "data.streams", f"is {data.streams}; it must divide train.batch_size ({train.batch_size})")
-    _require(bool(data.train_splits), "data.train", "names no split")
+    _require(bool(data.train_splits), "data.train", "contains no split")
     _require(data.test not in data.train_splits, "data.test", f"is {data.test}, which is also in data.train; use another split")
     if train.compile == "cuda_graphs":
-        is_whole = train.gradient_accumulation_steps == 1
-        _require(is_whole, "train.compile", "cuda_graphs requires train.gradient_accumulation_steps 1")
+        text = "cuda_graphs requires train.gradient_accumulation_steps 1"
+        _require(train.gradient_accumulation_steps == 1, "train.compile", text)
         text = "cuda_graphs requires objective.adversarial_weight and objective.feature_matching_weight 0"
         _require(not objective.uses_discriminator, "train.compile", text)
     _require(config.prior.width % 64 == 0, "prior.width", f"is {config.prior.width}; it must be a multiple of 64")
@@ -195,19 +195,19 @@ def validate(config: Config) -> None:
     if model.network in ("hierarchical", "kl"):
         _require(model.latent == "spatial", "model.latent", f"vector requires model.network resnet, not {model.network}")
     if model.network == "seed_notebook":
-        is_classic = model.likelihood in ("mse", "bce") and model.latent == "vector"
-        _require(is_classic, "model.network", "seed_notebook requires model.latent vector and model.likelihood mse or bce")
+        is_supported = model.likelihood in ("mse", "bce") and model.latent == "vector"
+        _require(is_supported, "model.network", "seed_notebook requires model.latent vector and model.likelihood mse or bce")
 
 
 def check_batch_size(config: Config, world_size: int) -> None:
-    """Checks that `world_size` processes can share a batch evenly.
+    """Checks that a batch can be divided among `world_size` processes.
 
     Raises:
-        UserError: They cannot.
+        UserError: The batch size is not divisible.
     """
     batch_size, steps = config.train.global_batch_size, config.train.gradient_accumulation_steps
-    parts = f"{world_size * steps} ({world_size} processes x train.gradient_accumulation_steps {steps})"
-    text = f"is {batch_size}; it must be a multiple of {parts}"
+    divisor = f"{world_size * steps} ({world_size} processes x train.gradient_accumulation_steps {steps})"
+    text = f"is {batch_size}; it must be a multiple of {divisor}"
     _require(batch_size % (world_size * steps) == 0, "train.batch_size", text)
 
 
@@ -215,7 +215,7 @@ def check_image_shape(config: VAEConfig, shape: tuple[int, int, int]) -> None:
     """Checks that the network supports images of shape [H, W, C].
 
     Raises:
-        UserError: It does not.
+        UserError: The shape is not supported.
     """
     height, width, channels = shape
     size, factor = f"the images of the shards are {height}x{width}", config.downsampling_factor

@@ -24,8 +24,8 @@ def _default_folder() -> Path:
 class Cache:
     """A folder of downloaded shards, bounded in bytes and shared by all processes of a machine.
 
-    Files are named after their sha256 and appear once they are complete and verified. Downloads in progress count with their
-    final size. Files may be deleted at any time; a process that has one open or mapped keeps it.
+    A file is named after its sha256 and is added once it is complete and verified. Downloads in progress count with their final
+    size. Files can be deleted at any time; this does not affect processes that have opened or mapped them.
 
     Attributes:
         folder: Created on first use.
@@ -55,8 +55,8 @@ class Cache:
             if file := self._open_cached(shard):
                 return file
             if shard.filesize > self.max_bytes:
-                size = f"{redact(shard.url)} has {shard.filesize / 2**30:.3g} GiB"
-                raise UserError(f"data.cache_size_gib is {self.max_bytes / 2**30:.3g}, but {size}; set it to several shards")
+                sizes = f"is {self.max_bytes / 2**30:.3g}, but {redact(shard.url)} has {shard.filesize / 2**30:.3g} GiB"
+                raise UserError(f"data.cache_size_gib {sizes}; increase it to the size of several shards")
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock(shard.sha256):
                 return self._open_cached(shard) or self._download(shard, download)
@@ -87,16 +87,16 @@ class Cache:
         while (folder := self._reserve(shard)) is None:
             time.sleep(0.1)  # downloads of other shards fill the cache; they can be evicted once they are complete
         try:
-            part = download(folder)
-            os.utime(part)
+            path = download(folder)
+            os.utime(path)
             with self._lock("all"):  # prevents eviction before the file is open
-                part.replace(self._path(shard))
+                path.replace(self._path(shard))
                 return self._path(shard).open("rb")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _reserve(self, shard: Shard) -> Path | None:
-        """Evicts the least recently used shards and returns an empty folder for a download, or None if there is no room."""
+        """Evicts the least recently used shards and returns an empty folder for a download, or None if the cache is full."""
         with self._lock("all"):
             used = shard.filesize
             for path in self.folder.glob(".*.*.part*"):

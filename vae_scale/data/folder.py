@@ -18,11 +18,11 @@ TEST_FRACTION = 10  # one image in this many is assigned to the test split
 def open_folder(root: Path, splits: list[str], resolution: int) -> Source:
     """Opens the images below `root`, cropped to squares of `resolution` pixels.
 
-    If `root` has a subfolder for each split, these are used. Otherwise one image in ten, chosen by the hash of its name, is
-    assigned to the test split and the rest to the first other split. The first subfolder of a split is the class.
+    If `root` has a subfolder for each split, these are the splits. Otherwise one image in ten, chosen by the hash of its name,
+    is assigned to the test split and the rest to the first other split. The first subfolder of a split is the class.
 
     Raises:
-        UserError: a split has no image.
+        UserError: A split has no images.
     """
     if not root.is_dir():
         raise UserError(f"--data {root}: not a folder")
@@ -33,7 +33,7 @@ def open_folder(root: Path, splits: list[str], resolution: int) -> Source:
         files = _assign_splits(root, splits)
         bases = dict.fromkeys(splits, root)
     if empty := [split for split in splits if not files[split]]:
-        raise UserError(f"--data {root}: no image ({', '.join(sorted(SUFFIXES))}) for split {', '.join(empty)}")
+        raise UserError(f"--data {root}: no images ({', '.join(sorted(SUFFIXES))}) for split {', '.join(empty)}")
     parts = {split: [path.relative_to(bases[split]).parts for path in paths] for split, paths in files.items()}
     classes = {split: [part[0] if len(part) > 1 else "" for part in parts[split]] for split in splits}
     names = sorted({name for split in splits for name in classes[split] if name})
@@ -59,7 +59,7 @@ def _assign_splits(root: Path, splits: list[str]) -> dict[str, list[Path]]:
 
 
 def _digest(root: Path, files: dict[str, list[Path]]) -> str:
-    # Names and sizes identify the folder: hashing the content would read every file twice.
+    # Only names and sizes are hashed: hashing the content would read every file twice.
     lines = [
         f"{split} {path.relative_to(root).as_posix()} {path.stat().st_size}" for split, paths in files.items() for path in paths
     ]

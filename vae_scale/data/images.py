@@ -19,18 +19,18 @@ Rows = npt.NDArray[np.int64]  # indices of images in a set
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # accepted from untrusted shards; some of Pillow's other formats, such as EPS, are unsafe
 PHOTO_FORMATS = (*FORMATS, "BMP", "GIF", "TIFF")  # accepted from the user's own files
-MAX_PIXELS = 90_000_000  # limits the memory that decoding a small file can take
+MAX_PIXELS = 90_000_000  # limits the memory for decoding a small file
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS is checked instead
 
 
 def decode_image(content: bytes, out: Images) -> None:
     """Decodes a JPEG, PNG or WebP file into `out`, uint8 [H, W, 3].
 
-    simplejpeg and imagecodecs (the extra `compact`) decode in parallel threads, which Pillow does not; the pixels are the same.
-    Pillow is used if they are not installed or fail.
+    simplejpeg and imagecodecs (the extra `compact`) decode in parallel threads, unlike Pillow, with the same pixels. Pillow
+    is used if they are not installed or fail.
 
     Raises:
-        ValueError: the file cannot be decoded, or the image has another size.
+        ValueError: The file cannot be decoded, or the image has another size.
     """
     for signature, decoder in _fast_decoders().items():
         if content.startswith(signature):
@@ -47,10 +47,10 @@ def decode_image(content: bytes, out: Images) -> None:
 
 @contextlib.contextmanager
 def open_image(file: Path | BinaryIO, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """Opens an image in one of the given formats without decoding it. Errors in the block are converted, too.
+    """Opens an image in one of the given formats without decoding it. Exceptions in the block are converted, too.
 
     Raises:
-        ValueError: the image cannot be read, or has more than MAX_PIXELS pixels.
+        ValueError: The image cannot be read, or has more than MAX_PIXELS pixels.
     """
     try:
         with Image.open(file, formats=formats) as image:
@@ -65,7 +65,7 @@ def open_image(file: Path | BinaryIO, formats: tuple[str, ...]) -> Iterator[Imag
 
 @functools.cache
 def _fast_decoders() -> dict[bytes, Callable[[bytes, Images], Images]]:
-    """Returns the installed decoders by the signature of their files."""
+    """Returns the installed decoders by file signature."""
     decoders: dict[bytes, Callable[[bytes, Images], Images]] = {}
     with contextlib.suppress(ImportError):
         import simplejpeg
@@ -80,12 +80,12 @@ def _fast_decoders() -> dict[bytes, Callable[[bytes, Images], Images]]:
 
 
 def center_crop_resize(file: Path | BinaryIO, size: int, formats: tuple[str, ...] = FORMATS) -> Images:
-    """Reads a photograph with its EXIF orientation applied, crops its central square and resizes it: uint8 [size, size, 3].
+    """Reads a photograph, applies its EXIF orientation, crops the central square and resizes it: uint8 [size, size, 3].
 
     Raises:
-        ValueError: as `open_image`.
+        ValueError: See `open_image`.
     """
     with open_image(file, formats) as image:
-        image.draft("RGB", (2 * size, 2 * size))  # lets JPEG decode at a fraction of its size
+        image.draft("RGB", (2 * size, 2 * size))  # decodes JPEG at reduced size
         upright = ImageOps.exif_transpose(image).convert("RGB")
         return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.LANCZOS))

@@ -1,4 +1,4 @@
-"""Writes the manifest of an existing WebDataset, from one pass over it."""
+"""Writes the manifest of an existing WebDataset in one pass."""
 
 import hashlib
 import io
@@ -26,7 +26,7 @@ TAR_END = bytes(2 * 512)  # last bytes of a complete tar
 
 @dataclass
 class _ShardStats:
-    """A shard's entry in the manifest, and how often each image type and shape occurs in it."""
+    """A shard's entry in the manifest, and counts of its image types and shapes."""
 
     record: dict[str, Any] = field(default_factory=dict)
     types: Counter[str] = field(default_factory=Counter)
@@ -39,19 +39,18 @@ def index(sources: list[str], out: Path | None, resolution: int | None, workers:
     Labels are read from `.cls` members; samples without one have label -1.
 
     Args:
-        sources: Files or URLs with braces ({000..127}), each as SPLIT=URLS, or all without a split: then the last tenth of the
-            shards is the test split, and the others are the train split.
+        sources: Files or URLs with braces ({000..127}), either all as SPLIT=URLS or all without a split. Without splits, the
+            last tenth of the shards is the test split and the rest the train split.
         out: Folder of the manifest; None for the folder of the files.
-        resolution: Size of the squares to which images are cropped and resized when they are read; None if all images have
-            the same size.
+        resolution: Size to which images are cropped and resized when they are read; None if all images have the same size.
         workers: Shards read in parallel.
 
     Returns:
         The folder of the manifest.
 
     Raises:
-        UserError: a shard cannot be read or contains no images; an image cannot be decoded; sizes differ and `resolution` is
-            None; or the manifest would not be beside its shards.
+        UserError: A shard cannot be read or contains no images; an image cannot be decoded; sizes differ and `resolution` is
+            None; or `out` is not the folder of the files.
     """
     urls = _expand(sources)
     folder = _manifest_folder([url for url, _ in urls], out)
@@ -67,8 +66,8 @@ def index(sources: list[str], out: Path | None, resolution: int | None, workers:
     if len(shapes) > 1:
         (first, _), (second, _) = shapes.most_common(2)
         url = redact(next(stats.record["url"] for stats in shards if second in stats.shapes))
-        sizes = f"images of {second[1]}x{second[0]}, others of {first[1]}x{first[0]}"
-        raise UserError(f"{url}: {sizes}; give --resolution R to crop and resize them as they are read")
+        sizes = f"image size is {second[1]}x{second[0]}, but most images are {first[1]}x{first[0]}"
+        raise UserError(f"{url}: {sizes}; use --resolution R to crop and resize them when they are read")
     records = [stats.record for stats in shards]
     info = {
         "version": FORMAT_VERSION,
@@ -102,29 +101,29 @@ def _expand(sources: list[str]) -> list[tuple[str, str]]:
             raise UserError(f"--index {redact(pattern)}: unbalanced braces") from None
     if "" in splits:
         if len(splits) > 1:
-            raise UserError("--index: name the split of all sources (train=URLS test=URLS), or of none")
+            raise UserError("--index: give a split for all sources (train=URLS test=URLS) or for none")
         urls = splits.pop("")
         num_train = len(urls) - (-(-len(urls) // TEST_FRACTION) if len(urls) > 1 else 0)
         splits = {"train": urls[:num_train], "test": urls[num_train:]}
     pairs = [(url, split) for split, urls in splits.items() for url in urls]
     if repeated := [url for url, count in Counter(url for url, _ in pairs).items() if count > 1]:
-        raise UserError(f"--index: {redact(repeated[0])} is named twice")
+        raise UserError(f"--index: {redact(repeated[0])} is listed twice")
     return pairs
 
 
 def _manifest_folder(urls: list[str], out: Path | None) -> Path:
-    """Returns the folder of the manifest, which refers to local files by name and to others by URL."""
+    """Returns the folder of the manifest, which refers to local files by name and to remote files by URL."""
     for url in urls:
         scheme, separator, _ = url.partition("://")
         if url.startswith("pipe:") or (separator and scheme not in SCHEMES):
             raise UserError(f"--index {redact(url)}: must be a file, or a URL of {', '.join(SCHEMES)}")
     folders = {Path(url).parent.resolve(): Path(url).parent for url in urls if "://" not in url}
     if len(folders) > 1:
-        raise UserError("--index: the files are in several folders; a manifest must be beside its shards: index each folder")
+        raise UserError("--index: the files are in several folders; index each folder separately")
     if folders:
         ((resolved, folder),) = folders.items()
         if out is not None and out.resolve() != resolved:
-            raise UserError(f"--out {out}: a manifest must be beside its shards, in {folder}; omit --out")
+            raise UserError(f"--out {out}: index.json must be in the folder of the shards, {folder}; omit --out")
         return folder
     if out is None:
         raise UserError("--out DIR is missing: the folder of index.json")
@@ -159,7 +158,7 @@ def _scan(path: Path, url: str, split: str, resolution: int | None) -> _ShardSta
         size = file.seek(0, io.SEEK_END)
         file.seek(max(0, size - len(TAR_END)))
         if size < len(TAR_END) or file.read() != TAR_END:  # also detects a tar that is cut between two members
-            raise ValueError("does not end as a tar does; it is cut off, or compressed")
+            raise ValueError("has no end-of-archive marker; it is truncated or compressed")
         for member, content in iter_members(file):
             kind = member_type(member)
             key = member[: len(member) - len(kind)]
@@ -175,9 +174,9 @@ def _scan(path: Path, url: str, split: str, resolution: int | None) -> _ShardSta
             except ValueError as error:
                 raise ValueError(f"{member} cannot be read ({error}); repair or remove it") from None
         if not keys:
-            raise ValueError(f"holds no image ({', '.join(SUFFIXES)})")
+            raise ValueError(f"contains no images ({', '.join(SUFFIXES)})")
         if len(set(keys)) < len(keys):
-            raise ValueError("a sample has several images, or two samples have one name")
+            raise ValueError("a sample has several images, or two samples have the same key")
         digests = {}
         for algorithm in ("md5", "sha256"):
             file.seek(0)
@@ -196,13 +195,13 @@ def _scan(path: Path, url: str, split: str, resolution: int | None) -> _ShardSta
 
 
 def _decoded_shape(content: bytes, resolution: int | None) -> tuple[int, ...]:
-    """Decodes an image and returns its shape as it will be read. Decoding now detects damage before training."""
+    """Decodes an image, to detect damage before training, and returns the shape it will have when it is read."""
     if resolution is not None:
         return center_crop_resize(io.BytesIO(content), resolution).shape
     with open_image(io.BytesIO(content), FORMATS) as image:
         height, width = image.height, image.width
     if max(height, width) > MAX_IMAGE_SIDE:
-        raise ValueError(f"it is {width}x{height}, more than {MAX_IMAGE_SIDE} a side; give --resolution R to resize it")
+        raise ValueError(f"it is {width}x{height}, more than {MAX_IMAGE_SIDE} pixels per side; use --resolution R to resize it")
     pixels = np.empty((height, width, 3), np.uint8)
     decode_image(content, pixels)
     return pixels.shape

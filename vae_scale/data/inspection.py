@@ -1,4 +1,4 @@
-"""Description of a set of shards: tables, and a contact sheet."""
+"""Summary of a set of shards: tables and a contact sheet."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy.typing as npt
 from vae_scale.data.shards import ShardSet
 from vae_scale.files import atomic_path
 
-ROWS, COLUMNS = 8, 8  # of the contact sheet; each row is read from one shard, so that few are fetched or decoded
+ROWS, COLUMNS = 8, 8  # of the contact sheet; each row is read from one shard, to download and decode few shards
 MAX_SHEET_SIDE = 2048  # pixels
 MAX_CLASSES = 40  # rows of the table
 
@@ -26,8 +26,8 @@ def describe(shards: ShardSet) -> str:
     rows = [["split", "shards", "images", "MiB", "labeled"]]
     for split, subset in subsets.items():
         size = sum(shard.filesize for shard in subset.shards) / 2**20
-        numbers = len(subset.shards), len(subset), int((subset.labels >= 0).sum())
-        rows.append([split, f"{numbers[0]:,}", f"{numbers[1]:,}", f"{size:,.1f}", f"{numbers[2]:,}"])
+        num_labeled = int((subset.labels >= 0).sum())
+        rows.append([split, f"{len(subset.shards):,}", f"{len(subset):,}", f"{size:,.1f}", f"{num_labeled:,}"])
     lines += _format_table(rows)
     if (num_classes := int(shards.labels.max()) + 1) > 0:
         names = [*shards.class_names, *map(str, range(len(shards.class_names), num_classes))]
@@ -52,17 +52,18 @@ def write_contact_sheet(shards: ShardSet, path: Path) -> None:
     """Writes a PNG with eight rows of eight images, spread evenly over the shards of each split.
 
     Raises:
-        UserError: a shard is missing or damaged.
+        UserError: A shard is missing or damaged.
     """
     import torch
     from PIL import Image
     from torchvision.utils import make_grid
 
-    rng, rows = np.random.default_rng(0), []  # positions are random: the order of a source may be periodic
+    rng = np.random.default_rng(0)  # random positions, because the order of the images may be periodic
+    rows = []
     subsets = [shards.select(split) for split in shards.splits]
     for number, subset in enumerate(subsets):
-        for index in _spread(len(subset.shards), max(1, len(range(number, ROWS, len(subsets)))), rng):
-            samples = subset.starts[index] + np.unique(_spread(subset.shards[index].samples, COLUMNS, rng))
+        for index in _stratified_sample(len(subset.shards), max(1, len(range(number, ROWS, len(subsets)))), rng):
+            samples = subset.starts[index] + np.unique(_stratified_sample(subset.shards[index].samples, COLUMNS, rng))
             rows.append(np.full((COLUMNS, *shards.image_shape), 255, np.uint8))
             rows[-1][: len(samples)] = subset.load_images(samples)
     grid = make_grid(torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2), COLUMNS, padding=2, pad_value=255)
@@ -73,7 +74,7 @@ def write_contact_sheet(shards: ShardSet, path: Path) -> None:
         sheet.save(temporary, "PNG")
 
 
-def _spread(length: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Returns `count` numbers below `length`: one at random from each of `count` equal intervals."""
+def _stratified_sample(length: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Returns `count` random numbers below `length`, one from each of `count` equal intervals."""
     edges = np.linspace(0, length, count + 1)
     return (edges[:-1] + rng.random(count) * np.diff(edges)).astype(np.int64)

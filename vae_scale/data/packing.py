@@ -1,4 +1,4 @@
-"""Packing of a source of images into shards: resumable, in parallel, with reproducible bytes."""
+"""Packs images into shards: resumable, in parallel, with reproducible bytes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
@@ -34,13 +34,13 @@ class Split(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of every sample: (H, W, 3) of images."""
+        """Shape of every sample: (H, W, 3) for images."""
 
     def fetch(self, start: int, stop: int) -> Any:
-        """Reads what `decode` needs for samples start..stop. Called in order, by the thread that packs."""
+        """Reads samples start..stop without decoding them. Called in order, from one thread."""
 
     def decode(self, raw: Any) -> Arrays:
-        """Returns the samples, contiguous: uint8 [n, H, W, 3] of images. Called by any thread."""
+        """Decodes the result of `fetch`: contiguous, uint8 [n, H, W, 3] for images. Called from any thread."""
 
 
 @dataclass
@@ -48,10 +48,10 @@ class Source:
     """The images to pack.
 
     Attributes:
-        splits: In the order in which they are read most efficiently.
+        splits: In the most efficient order for reading.
         class_names: Names of labels 0, 1, ...; may be empty.
         hashes: Computes the sha256 of each source file, or a digest that identifies the source.
-        folds: STL-10's ten folds: rows of the train split.
+        folds: The ten folds of STL-10, as rows of the train split.
     """
 
     splits: list[Split]
@@ -65,9 +65,9 @@ class PackOptions:
     """Options of `pack`.
 
     Attributes:
-        name: First part of every shard's name.
+        name: Prefix of the file names of shards.
         encoding: npy, png, jpg or webp.
-        images_per_shard: The last shard of a split may hold fewer.
+        images_per_shard: The last shard of a split may contain fewer.
         limit: Maximum number of images per split.
     """
 
@@ -84,22 +84,22 @@ def pack(source: Source, out: Path, options: PackOptions, workers: int, part: Pa
         source: The images.
         out: Created if missing. Other parts may be written to it at the same time.
         options: Name, encoding and size of the shards.
-        workers: Threads that decode, encode and hash. The bytes written do not depend on it.
+        workers: Threads that decode, encode and hash. Shards do not depend on this number.
         part: Part to write; by default everything.
 
     Returns:
         Whether anything was written.
 
     Raises:
-        UserError: `out` holds another set, or an image cannot be read.
-        OSError: the disk is full. No incomplete file is left under a final name.
+        UserError: `out` contains another set, or an image cannot be read.
+        OSError: The disk is full. No incomplete shard is left.
     """
     part = part or Part()
     sizes = {split.name: min(len(split.labels), options.limit or len(split.labels)) for split in source.splits}
     jobs = list_jobs(options.name, sizes, options.images_per_shard)
     with ThreadPoolExecutor(1, "hashing") as pool:
-        # Hashing the sources takes a pass over all of them. The first shards are written meanwhile, unless `out` holds
-        # something that has to be compared with the hashes.
+        # Hashing reads all sources. The first shards are written at the same time, unless `out` contains a set or a journal,
+        # which must be compared with the hashes.
         header = pool.submit(_make_header, source, sizes, options)
         if is_complete(out, header):
             return False
@@ -147,23 +147,23 @@ def write_shards(
     any_division: bool = False,
     extra_fields: Callable[[Arrays], ShardRecord] = lambda samples: {},
 ) -> tuple[dict[str, ShardRecord], int]:
-    """Writes those shards of the journal's part that an interrupted call did not finish.
+    """Writes the unfinished shards of the journal's part.
 
     Args:
         splits: The samples.
         jobs: All shards of the set.
-        journal: Records finished shards; its folder is where shards are written.
+        journal: Records finished shards. Shards are written to its folder.
         encoding: One of `ENCODINGS`.
         workers: Threads that decode, encode and hash.
-        bar: Counts samples.
+        bar: Progress bar in samples.
         any_division: Whether to reuse shards of an interrupted call that divided the set into another number of parts.
         extra_fields: Computes fields that are added to a shard's record.
 
     Returns:
-        The records of all shards of the part by file name, and how many of them this call wrote.
+        The records of all shards of the part by file name, and the number of shards that were written.
 
     Raises:
-        UserError: as `pack`.
+        UserError: See `pack`.
     """
     journal.out.mkdir(parents=True, exist_ok=True)
     jobs = journal.part.select(jobs)
@@ -194,12 +194,12 @@ def _write_all(
     workers: int,
     extra_fields: Callable[[Arrays], ShardRecord],
 ) -> Iterator[ShardRecord]:
-    """Writes shards in `workers` threads, no more than that at a time; yields the records of finished ones."""
+    """Writes shards in `workers` threads. Yields the records of finished shards."""
     by_name = {split.name: split for split in splits}
 
     def write(job: ShardJob, raw: list[Any]) -> ShardRecord:
         split = by_name[job.split]
-        samples = split.decode(raw.pop())  # drops the last reference: a worker holds a shard twice, not three times
+        samples = split.decode(raw.pop())  # drops the last reference: two copies per worker instead of three
         keys = [f"{job.split}-{row:08d}" for row in range(job.start, job.stop)]
         labels = split.labels[job.start : job.stop]
         record = write_shard(out / job.url, keys, labels, samples, encoding)

@@ -1,4 +1,4 @@
-"""Division of a pack into parts, the journals that make it resumable, and the manifests of a complete set."""
+"""Parts of a set, the journals that make packing resumable, and the manifests of a complete set."""
 
 import contextlib
 import hashlib
@@ -43,7 +43,7 @@ def list_jobs(name: str, split_sizes: dict[str, int], images_per_shard: int) -> 
 
 @dataclass(frozen=True, order=True)
 class Part:
-    """Part `number` (from 1) of `count`. One process that packs everything is part 1 of 1."""
+    """Part `number` (from 1) of `count`. A set packed by one process is part 1 of 1."""
 
     number: int = 1
     count: int = 1
@@ -56,20 +56,20 @@ class Part:
         """Parses `i/n`.
 
         Raises:
-            UserError: the text is not of this form, or i is out of range.
+            UserError: The text is not of this form, or i is out of range.
         """
         match = re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", text)
         if not match:
-            raise UserError(f"--part {text}: write it as i/n, part i of n, for example 2/4")
+            raise UserError(f"--part {text}: expected I/N, for example 2/4 for part 2 of 4")
         part = cls(int(match[1]), int(match[2]))
         if not 1 <= part.number <= part.count:
             raise UserError(f"--part {text}: must be from 1/{part.count} to {part.count}/{part.count}")
         return part
 
     def select(self, items: Sequence[T]) -> Sequence[T]:
-        """Returns the items of this part: neighbours, so that a part reads one range of an archive."""
-        begin, end = (number * len(items) // self.count for number in (self.number - 1, self.number))
-        return items[begin:end]
+        """Returns the items of this part. They are consecutive, so that a part reads one range of an archive."""
+        start, stop = (number * len(items) // self.count for number in (self.number - 1, self.number))
+        return items[start:stop]
 
     @property
     def journal_name(self) -> str:
@@ -96,7 +96,7 @@ def read_journal(path: Path) -> tuple[JournalHeader, dict[str, ShardRecord]]:
     """Returns a journal's header and the records of its finished shards by file name.
 
     Raises:
-        UserError: the first line is not a valid header.
+        UserError: The first line is not a valid header.
     """
     lines: list[Any] = []
     for line in path.read_text("utf-8", "replace").splitlines():
@@ -109,12 +109,12 @@ def read_journal(path: Path) -> tuple[JournalHeader, dict[str, ShardRecord]]:
 
 
 def _is_header(line: Any) -> bool:
-    # File names and shard counts are derived from a header, so its values are validated.
+    # Validated, because file names and shard counts are derived from it.
     try:
         info, names = line["vae_scale"], [line["name"], *line["vae_scale"]["splits"]]
-        is_named = all(re.fullmatch(r"[\w-]+", name) for name in names)
-        is_sized = line["images_per_shard"] > 0 and all(0 < size <= 2**40 for size in info["splits"].values())
-        return is_named and is_sized and isinstance(info["fingerprint"], str)
+        has_valid_names = all(re.fullmatch(r"[\w-]+", name) for name in names)
+        has_valid_sizes = line["images_per_shard"] > 0 and all(0 < size <= 2**40 for size in info["splits"].values())
+        return has_valid_names and has_valid_sizes and isinstance(info["fingerprint"], str)
     except (KeyError, TypeError, AttributeError):
         return False
 
@@ -122,8 +122,8 @@ def _is_header(line: Any) -> bool:
 class Journal:
     """The journal of one part: a header, then one record per finished shard.
 
-    The header contains the hashes of the sources, which may still be computed while the first shards are written. Until
-    then, records are kept in memory.
+    The header contains the hashes of the sources, which may still be computed while the first shards are written. Records are
+    kept in memory until it is available.
     """
 
     def __init__(self, out: Path, part: Part, header: Future[JournalHeader]) -> None:
@@ -134,17 +134,17 @@ class Journal:
         """Yields the records of all journals in the folder, each with the part that wrote it.
 
         Raises:
-            UserError: a journal is of another set, or, unless `any_division`, of a set divided into another number of parts.
+            UserError: A journal belongs to another set or, unless `any_division`, to another number of parts.
         """
         for part, path in find_journals(self.out).items():
             header, records = read_journal(path)
             if header["vae_scale"]["fingerprint"] != self._header.result()["vae_scale"]["fingerprint"]:
                 raise UserError(
-                    f"{self.out}: holds an interrupted set of another source or other options; choose another --out"
+                    f"{self.out}: contains an interrupted set of another source or other options; choose another --out"
                 )
             if part.count != self.part.count and not any_division:
                 raise UserError(
-                    f"{self.out}: holds part {part} of an interrupted pack, not of {self.part.count}; choose another --out"
+                    f"{self.out}: contains part {part} of a set, not of {self.part.count} parts; choose another --out"
                 )
             yield from ((part, record) for record in records.values())
 
@@ -165,7 +165,7 @@ class Journal:
 
 
 def check_shards(out: Path, records: Iterable[ShardRecord], workers: int) -> Iterator[tuple[ShardRecord, str | None]]:
-    """Compares size and sha256 of shards with their records. Yields each record with its problem, or None."""
+    """Compares the size and sha256 of shards with their records. Yields each record and its problem, or None."""
 
     def check(record: ShardRecord) -> tuple[ShardRecord, str | None]:
         path = out / record["url"]
@@ -173,24 +173,24 @@ def check_shards(out: Path, records: Iterable[ShardRecord], workers: int) -> Ite
             return record, "is missing"
         if (size := path.stat().st_size) != record["filesize"]:
             return record, f"has {size} bytes, expected {record['filesize']}"
-        return record, None if sha256_of(path) == record["sha256"] else "is damaged: its sha256 does not match"
+        return record, None if sha256_of(path) == record["sha256"] else "is damaged (its sha256 differs)"
 
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(check, records)
 
 
 def merge(out: Path, workers: int) -> list[str]:
-    """Combines the parts in `out` into one set, with the same files as a pack by one process.
+    """Merges the parts in `out` into one set, with the same files as if one process had packed it.
 
     Args:
         out: Folder with the shards and the journals of all parts. A complete set is not changed.
         workers: Threads that check the shards.
 
     Returns:
-        Problems, one line each, with the part to run again. If there are any, nothing is written.
+        Problems, one line each, with the part to run again. Nothing is written unless the list is empty.
 
     Raises:
-        UserError: there are no parts, or parts of different divisions.
+        UserError: There are no parts, or their numbers of parts differ.
     """
     journals = find_journals(out)
     if (out / "index.json").exists():
@@ -202,10 +202,12 @@ def merge(out: Path, workers: int) -> list[str]:
         )
     counts = sorted({part.count for part in journals})
     if counts == [1]:
-        raise UserError(f"--merge {out}: holds an interrupted pack, not parts of one; run its command again")
+        raise UserError(f"--merge {out}: contains an interrupted pack, not parts; run the same command again")
     if len(counts) > 1:
         names = ", ".join(part.journal_name for part in journals)
-        raise UserError(f"--merge {out}: holds parts of different divisions ({names}); remove the journals of other divisions")
+        raise UserError(
+            f"--merge {out}: contains parts of different divisions ({names}); remove the journals of other divisions"
+        )
 
     header, _ = read_journal(next(iter(journals.values())))
     jobs = list_jobs(header["name"], header["vae_scale"]["splits"], header["images_per_shard"])
@@ -232,7 +234,7 @@ def merge(out: Path, workers: int) -> list[str]:
 def _read_part(
     part: Part, journal: Path | None, header: JournalHeader, urls: list[str]
 ) -> tuple[dict[str, ShardRecord], str | None]:
-    """Returns the records of a part's shards, and what it lacks of the set described by `header`, or None."""
+    """Returns the records of a part's shards, and its problem, or None."""
     if journal is None:
         return {}, f"part {part} is missing; run --part {part}, or copy {part.journal_name} and its shards"
     part_header, records = read_journal(journal)
@@ -241,15 +243,15 @@ def _read_part(
         return {}, f"{problem}; remove {journal.name} and run --part {part} again, with the first part's source and options"
     missing = [url for url in urls if url not in records]
     names = " to ".join(dict.fromkeys([missing[0], missing[-1]])) if missing else ""
-    problem = f"part {part} lacks {len(missing)} of its {len(urls)} shards ({names}); run --part {part} again"
+    problem = f"part {part} is missing {len(missing)} of its {len(urls)} shards ({names}); run --part {part} again"
     return {url: records[url] for url in urls if url in records}, problem if missing else None
 
 
 def is_complete(out: Path, header: Future[JournalHeader]) -> bool:
-    """Returns whether `out` holds the complete set described by `header`. Removes left-over journals.
+    """Returns whether `out` contains the complete set described by `header`, and removes its journals.
 
     Raises:
-        UserError: `out` holds another set.
+        UserError: `out` contains another set.
     """
     if not (out / "index.json").exists():
         return False
@@ -258,7 +260,7 @@ def is_complete(out: Path, header: Future[JournalHeader]) -> bool:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         existing = None
     if existing != header.result()["vae_scale"]["fingerprint"]:
-        raise UserError(f"{out}: holds a complete set of another source or other options; choose another --out")
+        raise UserError(f"{out}: contains a complete set of another source or other options; choose another --out")
     remove_journals(out)
     return True
 
@@ -301,5 +303,4 @@ def side_manifests(name: str, shards: list[tuple[str, str, int]]) -> dict[str, A
 def _write_line(path: Path, content: dict[str, Any]) -> None:
     """Writes one line of JSON atomically."""
     with atomic_path(path) as temporary:
-        temporary.unlink(missing_ok=True)  # if it is a link, its target must not be overwritten
         temporary.write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""The data set of the demo: random crops of photographs from the scikit-image wheel, in the format of STL-10's binaries."""
+"""The demo data set: random crops of photographs from the scikit-image wheel, in the format of the STL-10 binaries."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ CHUNK = 500
 
 
 def write_photos(folder: Path) -> None:
-    """Writes the crops to `folder`, with reproducible bytes, unless it exists.
+    """Writes the crops to `folder` unless it exists. The bytes are reproducible.
 
     Raises:
         UserError: scikit-image is not installed.

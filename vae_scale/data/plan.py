@@ -1,9 +1,9 @@
-"""The order of training: a pure function of shard sizes, seed and number of images seen.
+"""The order of training images: a pure function of shard sizes, seed and number of images seen.
 
-Shards are permuted and dealt to S streams, and rows are permuted inside windows of W shards of a stream. Epochs follow each
-other without a gap. A batch has S equal parts, one per stream, and each rank takes its slice of each batch. So every image
-appears exactly once per epoch for any number of ranks, batches do not depend on that number, and `images_seen` is the only
-state.
+Shards are permuted and divided into S streams, and rows are permuted within windows of W shards of a stream. Epochs are
+concatenated. A batch has S equal parts, one per stream, and each rank takes its slice of each batch. Therefore every image
+appears exactly once per epoch for any number of ranks, batches do not depend on the number of ranks, and `images_seen` is the
+only state.
 """
 
 import itertools
@@ -31,12 +31,12 @@ def permutation(count: int, *parts: int | str) -> Rows:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """How the images of an epoch are dealt to streams. Positions count the images of its permuted shards."""
+    """Division of the images of an epoch into streams. Positions are indices into the images of its permuted shards."""
 
     shards: Rows  # permuted: int64 [shards]
     ends: Rows  # position after each shard: int64 [shards]
-    bounds: list[int]  # positions that divide the streams: [streams + 1]
-    shifts: list[int]  # position of an image minus its index in its stream since the start of the run: [streams]
+    bounds: list[int]  # start of each stream, followed by the number of images: [streams + 1]
+    shifts: list[int]  # position of an image minus its index in its stream, counted from the start of the run: [streams]
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class _Window:
 
 @dataclass
 class Plan:
-    """The order of training.
+    """The order of training images.
 
     Attributes:
         sizes: Number of samples of each shard.
         seed: Seed of the permutations.
         batch: Global batch size, a multiple of `streams`.
         window: Number of shards whose rows are shuffled together.
-        streams: Equal parts of a batch that come from different shards. The ranks that share a part need no other shards.
+        streams: Number of equal parts of a batch, read from different shards. A rank reads only the shards of its parts.
     """
 
     sizes: Sequence[int]
@@ -82,25 +82,25 @@ class Plan:
 
     @property
     def images(self) -> int:
-        """Number of images of an epoch."""
+        """Number of images per epoch."""
         return int(self._starts[-1])
 
     def local_batch(self, images_seen: int, rank: int = 0, world_size: int = 1) -> tuple[Rows, list[int]]:
-        """Returns the share of `rank` in the batch that starts after `images_seen` images.
+        """Returns the rows of `rank` in the batch that starts after `images_seen` images.
 
         A batch may cross the end of an epoch; nothing is dropped or padded.
 
         Returns:
-            Rows, int64 [n], and the shards to load: those of the rows, followed by those of the next windows.
+            Rows, int64 [n], and the shards to load: first the shards of the rows, then the shards of the next windows.
         """
         size = self.batch // world_size
-        parts = list(self._parts(images_seen + rank * size, size))
-        windows = [window for window, _ in parts]
+        segments = list(self._segments(images_seen + rank * size, size))
+        windows = [window for window, _ in segments]
         if windows != self._upcoming[0]:
-            following = [self._next(window) for window in {window.stream: window for window in windows}.values()]
-            shards = [shard for window in windows + following for shard in self._shards(window).tolist()]
+            next_windows = [self._next_window(window) for window in {window.stream: window for window in windows}.values()]
+            shards = [shard for window in windows + next_windows for shard in self._window_shards(window).tolist()]
             self._upcoming = (windows, list(dict.fromkeys(shards)))
-        rows = [self._shuffled(window)[part] for window, part in parts]
+        rows = [self._window_rows(window)[segment] for window, segment in segments]
         return rows[0] if len(rows) == 1 else np.concatenate(rows), self._upcoming[1]
 
     def rows(self, images_seen: int, rank: int = 0, world_size: int = 1) -> Rows:
@@ -109,28 +109,28 @@ class Plan:
 
     def epoch_order(self, epoch: int) -> Rows:
         """Returns all rows in the order of an epoch: int64 [images]."""
-        parts = self._parts(epoch * self.images, self.images)
-        return np.concatenate([self._shuffled(window)[part] for window, part in parts])
+        segments = self._segments(epoch * self.images, self.images)
+        return np.concatenate([self._window_rows(window)[segment] for window, segment in segments])
 
-    def _parts(self, position: int, count: int) -> Iterator[tuple[_Window, slice]]:
-        """Yields windows and slices of their shuffled rows: `count` images after the first `position` images of the run."""
-        part = self.batch // self.streams
+    def _segments(self, position: int, count: int) -> Iterator[tuple[_Window, slice]]:
+        """Yields windows and slices of their rows that contain the `count` images after the first `position` images."""
+        stream_batch = self.batch // self.streams
         while count:
-            epoch, (block, offset) = position // self.images, divmod(position, self.batch)
-            stream = offset // part
+            epoch, (batch, offset) = position // self.images, divmod(position, self.batch)
+            stream = offset // stream_batch
             begin = self._epoch(epoch).shifts[stream] + self._images_before(position, stream)
             window = self._window(epoch, stream, begin)
-            # Stop at the end of this stream's part of the batch, of the epoch, or of the window.
-            run = min(count, block * self.batch + (stream + 1) * part - position, (epoch + 1) * self.images - position)
-            run = min(run, window.end - begin)
-            yield window, slice(begin - window.begin, begin - window.begin + run)
-            position, count = position + run, count - run
+            # A segment ends with the stream's part of the batch, the epoch or the window.
+            batch_end = batch * self.batch + (stream + 1) * stream_batch
+            length = min(count, batch_end - position, (epoch + 1) * self.images - position, window.end - begin)
+            yield window, slice(begin - window.begin, begin - window.begin + length)
+            position, count = position + length, count - length
 
     def _images_before(self, position: int, stream: int) -> int:
-        """Returns how many of the first `position` images of the run come from a stream."""
-        part = self.batch // self.streams
-        blocks, rest = divmod(position, self.batch)
-        return blocks * part + min(max(rest - stream * part, 0), part)
+        """Returns the number of images of a stream among the first `position` images of the run."""
+        stream_batch = self.batch // self.streams
+        batches, remainder = divmod(position, self.batch)
+        return batches * stream_batch + min(max(remainder - stream * stream_batch, 0), stream_batch)
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
@@ -162,28 +162,28 @@ class Plan:
         self._current[stream] = _Window(number, stream, first, last, begin, end)
         return self._current[stream]
 
-    def _next(self, window: _Window) -> _Window:
+    def _next_window(self, window: _Window) -> _Window:
         """Returns the next window of the same stream."""
         number, stream = window.epoch, window.stream
         position = window.end
         while position == self._epoch(number).bounds[stream + 1]:
-            # In a very small set a stream may have no image in an epoch.
-            number += 1
+            number += 1  # in a very small set, a stream may have no images in an epoch
             position = self._epoch(number).bounds[stream]
         return self._window(number, stream, position)
 
-    def _shards(self, window: _Window) -> Rows:
+    def _window_shards(self, window: _Window) -> Rows:
         return self._epoch(window.epoch).shards[window.first : window.last + 1]
 
-    def _shuffled(self, window: _Window) -> Rows:
+    def _window_rows(self, window: _Window) -> Rows:
         """Returns the shuffled rows of a window: int64 [images of the window]."""
         if window not in self._windows:
-            ends, parts = self._epoch(window.epoch).ends[window.first : window.last + 1], []
-            for shard, end in sorted(zip(self._shards(window).tolist(), ends.tolist(), strict=True)):
+            rows_by_shard = []
+            ends = self._epoch(window.epoch).ends[window.first : window.last + 1]
+            for shard, end in sorted(zip(self._window_shards(window).tolist(), ends.tolist(), strict=True)):
                 # A shard may be divided between two streams.
                 first = self._starts[shard + 1] - end
-                parts.append(np.arange(max(self._starts[shard], first + window.begin), first + min(end, window.end)))
-            rows = np.concatenate(parts)
+                rows_by_shard.append(np.arange(max(self._starts[shard], first + window.begin), first + min(end, window.end)))
+            rows = np.concatenate(rows_by_shard)
             self._windows[window] = rows[permutation(len(rows), self.seed, window.epoch, window.first, "rows")]
             if len(self._windows) > 2 * self.streams:
                 self._windows.popitem(last=False)
@@ -192,11 +192,11 @@ class Plan:
 
 
 def evaluation_rows(images: int, batch: int, rank: int, world_size: int) -> list[tuple[Rows, npt.NDArray[np.float32]]]:
-    """Returns the batches of rows 0..images-1 that `rank` evaluates; each image is on exactly one rank.
+    """Returns the batches of `rank` in an evaluation of rows 0..images-1. Each row is on exactly one rank.
 
     Returns:
-        For every batch: rows int64 [batch], and weights [batch]: 1, or 0 for padding. All ranks have the same number of
-        batches of the same size.
+        For each batch, rows, int64 [batch], and weights, float32 [batch]: 1, or 0 for padding. All ranks have the same number
+        of batches.
     """
     batches = []
     for begin in range(0, images, batch * world_size):

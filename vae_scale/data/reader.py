@@ -1,4 +1,4 @@
-"""Gathers rows of shards, which threads load ahead."""
+"""Gathers images from shards that threads prefetch."""
 
 import queue
 import threading
@@ -18,13 +18,13 @@ LoadedShard = Future[tuple[Images, int]]  # images, and the index of the shard t
 
 @dataclass(frozen=True)
 class RowAddresses:
-    """Images in memory.
+    """Memory addresses of images.
 
     Attributes:
-        rows: Rows of the set, after replacement of those of bad shards: int64 [n].
+        rows: Rows of the set, after replacement of the rows of bad shards: int64 [n].
         addresses: Addresses of their pixels: int64 [n].
         shards: References that keep the memory alive.
-        num_replaced: Number of images that replace those of bad shards.
+        num_replaced: Number of rows that were replaced.
     """
 
     rows: Rows
@@ -34,8 +34,8 @@ class RowAddresses:
 
     def copy(self, out: Images) -> None:
         """Copies the images to `out`, contiguous uint8 [n, H, W, 3]. Thread-safe."""
-        # The images are scattered over many mapped files. The memory between the first and the last is viewed as overlapping
-        # rows, so that one index_select gathers all of them, without the interpreter lock and without work per image.
+        # The images are in many mapped files. The memory from the first to the last is viewed as overlapping rows, so that one
+        # index_select gathers all images, without the interpreter lock and without a loop over images.
         first, last, size = int(self.addresses.min()), int(self.addresses.max()), out[0].size
         memory = torch.from_numpy(np.asarray(_Memory(first, (last - first + 1, size), (1, 1))))
         offsets = torch.from_numpy(self.addresses - first)
@@ -56,10 +56,10 @@ class _Memory:
 
 
 class Reader:
-    """Gathers images from shards that threads load ahead. Use it as a context manager, which stops the threads.
+    """Gathers images from shards that threads prefetch. A context manager; exiting it stops the threads.
 
-    If the set skips bad shards, their images are replaced by others and counted. A file that is truncated while it is mapped
-    ends the process (SIGBUS).
+    If bad shards are skipped, their images are replaced and counted. If a mapped file is truncated, the system kills the
+    process (SIGBUS).
     """
 
     def __init__(self, shards: ShardSet) -> None:
@@ -68,9 +68,9 @@ class Reader:
         self._loaded: dict[int, LoadedShard] = {}
         self._references: list[LoadedShard] = []
         self._shard_of_row = np.repeat(np.arange(len(shards.shards)), np.diff(shards.starts))
-        # Per shard, the address that row 0 of the set would have if all rows preceded the shard's own; 0 if not loaded.
+        # For each shard, the address of its row r minus r * stride; 0 if not loaded.
         self._origins = np.zeros(len(shards.shards), np.int64)
-        self._sources = np.arange(len(shards.shards))  # the shard that is read for each
+        self._sources = np.arange(len(shards.shards))  # the shard read in place of each shard
         self._has_replacements = False
         self._stride = 0
         self._queue: queue.SimpleQueue[tuple[int, LoadedShard] | None] = queue.SimpleQueue()
@@ -82,13 +82,13 @@ class Reader:
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.prefetch([])
-        for _thread in self._threads:
+        for _ in self._threads:
             self._queue.put(None)
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Starts loading these shards, in this order, and releases all others."""
+        """Starts loading shards, in this order, and releases all other shards."""
         indices = list(indices)
         if indices == self._requested:
             return
@@ -108,9 +108,9 @@ class Reader:
         Raises:
             UserError: A shard is missing, damaged or cannot be downloaded.
         """
-        located = self.locate(rows)
-        located.copy(out)
-        self.shards.count_replaced(located.num_replaced)
+        addresses = self.locate(rows)
+        addresses.copy(out)
+        self.shards.count_replaced(addresses.num_replaced)
 
     def locate(self, rows: Rows) -> RowAddresses:
         """Waits until the shards of `rows`, which must be prefetched, are loaded, and returns the addresses of the rows.
@@ -118,7 +118,8 @@ class Reader:
         Raises:
             UserError: A shard is missing, damaged or cannot be downloaded.
         """
-        indices, references = self._shard_of_row[rows], self._references  # before another thread releases the shards
+        references = self._references  # read before waiting, because another thread may release the shards
+        indices = self._shard_of_row[rows]
         for index in set(indices[self._origins[indices] == 0].tolist()):
             array, source = self._loaded[index].result()
             self._stride = array.strides[0]
@@ -139,4 +140,4 @@ class Reader:
                     future.set_result(self.shards.read_or_replace(index))
                 except BaseException as error:  # raised in `locate`
                     future.set_exception(error)
-            del item, future  # do not keep the images until the next shard
+            del item, future  # releases the images while the thread waits

@@ -1,4 +1,4 @@
-"""Shards on web servers and object stores, read through fsspec."""
+"""Shards on web servers and object stores, downloaded with fsspec."""
 
 import asyncio
 import concurrent.futures
@@ -23,7 +23,7 @@ from vae_scale.data.storage import MAX_INDEX_BYTES, SCHEMES, ShardReadError, Sto
 from vae_scale.errors import UserError, one_line, redact
 from vae_scale.files import sha256_of
 
-MAX_SHARD_BYTES = 2**36  # of a shard without a manifest
+MAX_SHARD_BYTES = 2**36  # of a shard that is downloaded without a manifest
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -45,9 +45,9 @@ class _DownloadError(Exception):
 
 
 class RemoteStorage(Storage):
-    """A folder at a URL that fsspec supports. Files are downloaded as a whole and verified.
+    """A folder at a URL that fsspec supports. Files are downloaded completely and verified.
 
-    Transient errors (no connection, stalled transfer, server error, wrong size or hash) are retried as `RETRY_POLICY` says.
+    Transient errors (no connection, stalled transfer, server error, wrong size or hash) are retried as set by `RETRY_POLICY`.
     """
 
     is_local = False
@@ -86,7 +86,7 @@ class RemoteStorage(Storage):
                 return path
             except UserError:
                 raise
-            except Exception as error:  # each library raises its own types
+            except Exception as error:  # the types depend on the library
                 if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                     raise
                 reason, is_permanent = _describe(error)
@@ -101,7 +101,7 @@ class RemoteStorage(Storage):
 
 
 class MixedStorage(Storage):
-    """A manifest that names some shards by complete URLs; the others are stored beside the manifest."""
+    """A manifest with complete URLs of some shards; the other shards are in the folder of the manifest."""
 
     is_local = False
 
@@ -126,13 +126,13 @@ def _check_json(path: Path) -> None:
 
 def _check_shard(shard: Shard, path: Path) -> None:
     if (size := path.stat().st_size) != shard.filesize:
-        raise _DownloadError(f"received {size:,} bytes, the manifest says {shard.filesize:,}")
+        raise _DownloadError(f"received {size:,} bytes, expected {shard.filesize:,}")
     if sha256_of(path) != shard.sha256:
         raise _DownloadError("its sha256 differs from the manifest")
 
 
 def _describe(error: Exception) -> tuple[str, bool]:
-    """Returns the reason of a failed attempt, and whether retrying is pointless."""
+    """Returns the reason of a failed attempt, and whether it is permanent."""
     if isinstance(error, _DownloadError):
         return redact(str(error)), False
     if isinstance(error, FileNotFoundError):
@@ -152,7 +152,7 @@ def _transfer(url: str, path: Path, max_bytes: int) -> None:
     filesystem = _filesystem(url.partition("://")[0])
     import fsspec.asyn
 
-    # All transfers are tasks of fsspec's event loop. They are monitored here, because no library has a timeout for every stall.
+    # Transfers run in fsspec's event loop. They are monitored here, because the timeouts of the libraries miss some stalls.
     task = asyncio.run_coroutine_threadsafe(_get(filesystem, url, path), fsspec.asyn.get_loop())
     timeout = RETRY_POLICY.stall_timeout
     try:
@@ -195,7 +195,7 @@ def _join(url: str, name: str) -> str:
 
 @functools.cache
 def _filesystem(scheme: str) -> Any:
-    """Returns fsspec's file system for a URL scheme. Credentials come from the library of the protocol."""
+    """Returns fsspec's file system for a URL scheme. The library of the protocol reads the credentials."""
     if scheme not in SCHEMES:
         raise UserError(f"data.shards {scheme}://...: not one of {', '.join(SCHEMES)}")
     try:
@@ -204,7 +204,7 @@ def _filesystem(scheme: str) -> Any:
 
             no_timeout = aiohttp.ClientTimeout(total=None)  # the default limits a transfer to five minutes
         if scheme == "gs":
-            # fsspec's default class asks for the type of the bucket by gRPC, which hangs for minutes behind some firewalls.
+            # fsspec's default class queries the bucket type by gRPC, which hangs for minutes behind some firewalls.
             from gcsfs.core import GCSFileSystem
 
             return GCSFileSystem(requests_timeout=no_timeout, skip_instance_cache=True)
@@ -213,7 +213,7 @@ def _filesystem(scheme: str) -> Any:
         options: dict[str, Any] = {}
         if scheme.startswith("http"):
             options = {"client_kwargs": {"timeout": no_timeout, "trust_env": True}}
-        if scheme == "s3":  # one request per file, and no retries besides those of RETRY_POLICY
+        if scheme == "s3":  # one request per file, retried only according to RETRY_POLICY
             options = {"max_concurrency": 1, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
         return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except ImportError:

@@ -1,4 +1,4 @@
-"""One shard: a plain WebDataset tar whose samples all have the same size, so that it can be read as an array."""
+"""One shard: a WebDataset tar. In encoding npy all samples have the same size, so that it can be read as an array."""
 
 import errno
 import hashlib
@@ -25,11 +25,11 @@ from vae_scale.files import atomic_path
 FORMAT_VERSION = 1
 ENCODINGS = ("npy", "png", "jpg", "webp")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of members that hold an encoded image
-BLOCK = 512  # bytes of a tar header, and what members are padded to
-MODE = 0o444  # of every member
+BLOCK = 512  # bytes of a tar header; members are padded to a multiple of it
+MODE = 0o444  # of each member
 MAX_IMAGE_SIDE = 4096  # pixels
-MAX_MEMBER_BYTES = 2**30  # members are read into memory as a whole
-# Encoder settings. The loss of the lossy ones is below what a VAE resolves.
+MAX_MEMBER_BYTES = 2**30  # members are read completely into memory
+# Encoder settings. Errors of the lossy encodings are smaller than reconstruction errors of a VAE.
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG"},
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -42,14 +42,14 @@ class Shard:
     """One shard's entry in the manifest.
 
     Attributes:
-        url: File name beside the manifest, or a complete URL.
-        split: The split it belongs to.
+        url: File name in the folder of the manifest, or a complete URL.
+        split: Name of its split.
         samples: Number of images.
         filesize: Size of the file in bytes.
-        md5: Of the file.
-        sha256: Of the file.
-        pixels_sha256: Of its images before they were encoded, uint8 [n, H, W, 3]; None if unknown.
-        labels: One per image; -1 for none.
+        md5: MD5 of the file.
+        sha256: SHA-256 of the file.
+        pixels_sha256: SHA-256 of the images before encoding, uint8 [n, H, W, 3]; None if unknown.
+        labels: Label of each image; -1 for none.
     """
 
     url: str
@@ -66,13 +66,13 @@ class Shard:
 class Layout:
     """Memory layout of a shard of encoding npy.
 
-    Every sample is a label member (header and one block) followed by a npy member, so samples are `stride` bytes apart and the
-    pixels of the first start at `offset`. Both are None for other encodings.
+    Each sample is a label member (header and one block) followed by an npy member. Samples are `stride` bytes apart, and the
+    pixels of the first sample start at `offset`. Both are None for other encodings.
 
     Attributes:
         encoding: One of `ENCODINGS`.
         shape: Shape of a sample: (H, W, 3) for images.
-        dtype: NumPy type string of a sample, as npy headers write it.
+        dtype: NumPy type string of a sample, as in npy headers.
     """
 
     encoding: str
@@ -81,7 +81,7 @@ class Layout:
 
     @property
     def npy_header(self) -> bytes:
-        """The header of each npy member."""
+        """Header of each npy member."""
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, {"descr": self.dtype, "fortran_order": False, "shape": tuple(self.shape)})
         return header.getvalue()
@@ -114,7 +114,7 @@ def write_shard(
         path: File to write.
         keys: One key per sample: ASCII, at most 96 characters.
         labels: One label per sample; -1 for none.
-        images: uint8 [n, H, W, 3], contiguous; with npy any dtype and shape [n, ...].
+        images: Contiguous uint8 [n, H, W, 3]; for npy any dtype and shape [n, ...].
         encoding: One of `ENCODINGS`.
 
     Returns:
@@ -126,7 +126,6 @@ def write_shard(
     content = _array_tar(keys, labels, images) if encoding == "npy" else _encoded_tar(keys, labels, images, encoding)
     try:
         with atomic_path(path) as temporary:
-            temporary.unlink(missing_ok=True)  # it may be a symbolic link
             _write_direct(temporary, content)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -141,7 +140,7 @@ def write_shard(
 
 
 def _write_direct(path: Path, content: memoryview, flags: int = getattr(os, "O_DIRECT", 0)) -> None:
-    """Writes a file past the page cache where possible: copying into the cache may take longer than hashing."""
+    """Writes a file with O_DIRECT if possible, because copying to the page cache may take longer than hashing."""
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags, 0o666)
         try:
@@ -153,11 +152,11 @@ def _write_direct(path: Path, content: memoryview, flags: int = getattr(os, "O_D
     except OSError as error:
         if error.errno != errno.EINVAL or not flags:
             raise
-        _write_direct(path, content, 0)  # unsupported by the file system, or for unaligned memory
+        _write_direct(path, content, 0)  # not supported by the file system or for unaligned memory
 
 
 def _array_tar(keys: Sequence[str], labels: Sequence[int], images: npt.NDArray[Any]) -> memoryview:
-    """Returns the same bytes as `webdataset.TarWriter` in 2% of the time, by assembling them as one array."""
+    """Returns the same bytes as `webdataset.TarWriter`, assembled as one array in 2% of the time."""
     samples, size = len(images), images[0].nbytes
     layout = Layout("npy", images.shape[1:], images.dtype.str)
     header, offset, stride = layout.npy_header, layout.offset, layout.stride
@@ -188,7 +187,7 @@ def _thread_buffer(size: int) -> Images:
 
 
 def _tar_headers(names: Sequence[str], sizes: Sequence[int]) -> Images:
-    """Returns headers of tar members: uint8 [n, 512]. They differ in name, size and checksum only."""
+    """Returns headers of tar members, which differ only in name, size and checksum: uint8 [n, 512]."""
     member = tarfile.TarInfo()
     member.mode = MODE
     headers = np.tile(np.frombuffer(member.tobuf(tarfile.USTAR_FORMAT), np.uint8), (len(names), 1))
@@ -248,13 +247,13 @@ def decode_shard(file: BufferedReader, samples: int, shape: tuple[int, int, int]
         file: The shard.
         samples: Number of images.
         shape: (H, W, 3) of the result.
-        resize: Whether images have other sizes, and are cropped and resized to `shape`, a square.
+        resize: Whether to crop and resize images to `shape`, which must be square.
 
     Raises:
         ValueError: The shard is damaged, or differs from the manifest.
     """
     with _decode_slots:
-        # Anonymous mapped memory is returned to the system when it is freed, and is close to that of mapped files.
+        # Anonymous mappings are returned to the system when they are freed, and their addresses are close to mapped files.
         images = np.ndarray((samples, *shape), np.uint8, mmap.mmap(-1, samples * math.prod(shape)))
         count = 0
         for name, content in iter_members(file):
@@ -270,7 +269,7 @@ def decode_shard(file: BufferedReader, samples: int, shape: tuple[int, int, int]
                     raise ValueError(f"{name} cannot be decoded ({error})") from None
             count += 1
         if count != samples:
-            raise ValueError(f"{count} images, the manifest says {samples}")
+            raise ValueError(f"{count} images, expected {samples}")
         return images
 
 
@@ -287,7 +286,7 @@ def iter_members(file: BufferedReader) -> Iterator[tuple[str, bytes]]:
     """
     position = 0
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        # Plain members are parsed here: tarfile takes half as long for a small image as decoding it, with the interpreter lock.
+        # Plain members are parsed here: tarfile holds the interpreter lock for half the time that decoding a small image takes.
         while member := _plain_member(content, position):
             name, begin, size = member
             _check_size(name, size)

@@ -23,7 +23,7 @@ from vae_scale.data.storage import SCHEMES, LocalStorage, ShardReadError, Storag
 from vae_scale.errors import UserError, one_line, redact
 
 MAX_LABEL = 2**20  # embedding tables have a row per label
-MAX_DECODED_BYTES = 2**34  # of a shard that is decoded as a whole
+MAX_DECODED_BYTES = 2**34  # of the decoded images of a shard
 logger = logging.getLogger(__name__)
 
 
@@ -36,12 +36,12 @@ class BadShards:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def warn_once(self, location: str, error: Exception) -> None:
-        """Logs a warning for a shard on the first call. Thread-safe."""
+        """Logs a warning on the first call for a shard. Thread-safe."""
         with self._lock:
             is_new = location not in self._warned
             self._warned.add(location)
         if is_new:
-            logger.warning("%s; its images are replaced by others (data.on_bad_shard is skip)", one_line(error))
+            logger.warning("%s; its images are replaced (data.on_bad_shard is skip)", one_line(error))
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class ShardSet:
     """Shards of one or more splits.
 
     Attributes:
-        storage: Where the files are stored.
+        storage: Storage of the manifest and the shards.
         encoding: One of `ENCODINGS`.
         image_shape: (H, W, 3) of every image.
         class_names: Names of labels 0, 1, ...; may be empty.
         shards: In the order of the manifest.
         fingerprint: Hash of the source and the packing options.
-        resize: Whether images have other sizes, and are cropped and resized to `image_shape` when they are read.
+        resize: Whether images are cropped and resized to `image_shape` when they are read.
         bad_shards: Unreadable shards; None if an unreadable shard is an error.
     """
 
@@ -70,12 +70,12 @@ class ShardSet:
 
     @staticmethod
     def open(location: str | Path, cache: Cache | None = None, on_bad_shard: str = "stop") -> "ShardSet":
-        """Reads the manifest at `location`, but no shard.
+        """Reads the manifest at `location`. Shards are not read.
 
         Args:
             location: A folder, or a URL (http, https, s3, gs, hf).
             cache: Cache for downloaded shards; defaults to the user's cache.
-            on_bad_shard: "stop" raises an error for an unreadable shard; "skip" replaces its images by others.
+            on_bad_shard: "stop" raises an error for an unreadable shard; "skip" replaces its images.
 
         Raises:
             UserError: The manifest is missing, damaged, of an unknown version, or of latents.
@@ -90,7 +90,7 @@ class ShardSet:
 
     @property
     def location(self) -> str:
-        """Location of the set, without secrets."""
+        """Folder or URL of the set, without secrets."""
         return self.storage.location
 
     @cached_property
@@ -115,10 +115,10 @@ class ShardSet:
         return dict(counts)
 
     def select(self, *splits: str) -> "ShardSet":
-        """Returns the shards of some splits; missing splits are ignored.
+        """Returns the shards of these splits. Missing splits are ignored.
 
         Raises:
-            UserError: All of them are missing.
+            UserError: All splits are missing.
         """
         shards = tuple(shard for shard in self.shards if shard.split in splits)
         if not shards:
@@ -126,11 +126,11 @@ class ShardSet:
         return replace(self, shards=shards)
 
     def shard_indices(self, rows: Rows) -> Rows:
-        """Returns the index of the shard of each row: int64 [len(rows)]."""
+        """Returns the shard index of each row: int64 [len(rows)]."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def sample_names(self, rows: Rows) -> list[str]:
-        """Returns FILE[POSITION] for each row: the file of its shard, and its position there."""
+        """Returns FILE[POSITION] for each row: the file of its shard and its position in the shard."""
         indices = self.shard_indices(rows)
         positions = (rows - self.starts[indices]).tolist()
         return [f"{self.shards[index].url}[{position}]" for index, position in zip(indices.tolist(), positions, strict=True)]
@@ -155,12 +155,15 @@ class ShardSet:
         return images
 
     def read_or_replace(self, index: int) -> tuple[Images, int]:
-        """Reads a shard, or, where bad shards are skipped, the next readable one. Returns its images and its index.
+        """Reads a shard or, if it is unreadable and bad shards are skipped, the next readable shard.
 
-        The replacement depends on nothing else: not on the process, the window or where the run started.
+        The replacement does not depend on the process, the shuffle window or the start of the run.
+
+        Returns:
+            The images and the index of the shard that was read.
 
         Raises:
-            UserError: See `read`; or no shard is readable.
+            UserError: See `read`; or all shards are unreadable.
         """
         count = len(self.shards)
         for candidate in (*range(index, count), *range(index)):
@@ -174,7 +177,7 @@ class ShardSet:
         raise UserError(f"{self.location}: none of its {count:,} shards can be read: {last}")
 
     def replacement_rows(self, rows: Rows, indices: Rows, sources: Rows | int) -> Rows:
-        """Returns the rows read in place of `rows` of shards `indices` if shards `sources` are read instead."""
+        """Maps rows of shards `indices` to the rows of shards `sources` that replace them."""
         return self.starts[sources] + (rows - self.starts[indices]) % np.diff(self.starts)[sources]
 
     def count_replaced(self, images: int) -> None:
@@ -207,8 +210,8 @@ class ShardSet:
 def _parse_manifest(storage: Storage, manifest: Any, cache: Cache) -> ShardSet:
     header = manifest["vae_scale"]
     if header["version"] != FORMAT_VERSION:
-        versions = f"format version {header['version']!r:.40}, this vae_scale reads {FORMAT_VERSION}"
-        raise UserError(f"{storage.location}/index.json: {versions}; pack again, or use the vae_scale that wrote it")
+        versions = f"format version {header['version']!r:.40}, this version of vae_scale reads {FORMAT_VERSION}"
+        raise UserError(f"{storage.location}/index.json: {versions}; pack again, or use the version that wrote it")
     if header.get("content") == "latents":
         raise UserError(f"{storage.location}/index.json: contains latents, not images; pass the shards they were encoded from")
     if header["encoding"] not in ENCODINGS:
@@ -221,7 +224,7 @@ def _parse_manifest(storage: Storage, manifest: Any, cache: Cache) -> ShardSet:
         raise ValueError("no shards")
     if any("://" in shard.url for shard in shards):
         storage = MixedStorage(storage, cache)
-    # Unencodable characters, for example of a folder name that is not UTF-8, become question marks.
+    # Characters that cannot be encoded, for example of a folder name that is not UTF-8, are replaced by question marks.
     names = tuple(_check_str("class name", name).encode(errors="replace").decode() for name in header["class_names"])
     resize = bool(header.get("fit", False))
     if resize and (height != width or header["encoding"] == "npy"):
@@ -244,7 +247,7 @@ def _parse_shard(entry: Any, encoding: str, shape: tuple[int, int, int]) -> Shar
     split, pixels = _check_str("split", entry["split"]), entry["pixels_sha256"]
     if not (split and split.isprintable()):
         raise ValueError(f"{name}: invalid split name {split!r}")
-    # The sha256 becomes a file name.
+    # The sha256 is used as a file name.
     hashes = (entry["md5sum"], 32), (entry["sha256"], 64), (pixels if pixels is not None else "0" * 64, 64)
     if not all(re.fullmatch(r"[0-9a-f]*", _check_str("hash", text)) and len(text) == digits for text, digits in hashes):
         raise ValueError(f"{name}: invalid md5sum, sha256 or pixels_sha256")
@@ -264,7 +267,7 @@ def _check_str(name: str, value: Any) -> str:
 
 
 def _check_url(url: str) -> str:
-    """Accepts a file name beside the manifest or a complete URL, and no other path, as manifests are not trusted."""
+    """Raises an error unless `url` is a plain file name or a complete URL: manifests are not trusted."""
     scheme, has_scheme, _ = url.partition("://")
     path = urlsplit(url).path if has_scheme else url
     name = path.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""The official STL-10 binaries, read from their folder or archive, or downloaded.
+"""Reading and download of the official STL-10 binaries.
 
 https://cs.stanford.edu/~acoates/stl10/: images are uint8, three planes of 96x96 in column-major order; labels are
 uint8, 1..10; train and test have labels, unlabeled has none.
@@ -25,7 +25,7 @@ SIDE = 96
 IMAGE_BYTES = 3 * SIDE * SIDE
 OFFICIAL_SIZES = {"train": 5_000, "test": 8_000, "unlabeled": 100_000}
 LABELED_SPLITS = ("train", "test")
-MAX_METADATA_BYTES = 10_000_000  # labels, class names and folds are far smaller
+MAX_METADATA_BYTES = 10_000_000  # labels, class names and folds are much smaller
 MAX_IMAGES = 10_000_000  # of a split
 _ARCHIVE_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError, RecursionError)
 
@@ -34,7 +34,7 @@ def planes_to_hwc(raw: bytes | Images) -> Images:
     """Converts column-major planes, as in the binaries, to uint8 [n, 96, 96, 3]."""
     planes = rearrange(np.frombuffer(raw, np.uint8), "(n c w h) -> c n h w", c=3, w=SIDE, h=SIDE)
     images = np.empty((*planes.shape[1:], 3), np.uint8)
-    for channel, plane in enumerate(planes):  # three times as fast as one assignment
+    for channel, plane in enumerate(planes):  # three times as fast as a single assignment
         images[..., channel] = plane
     return images
 
@@ -48,18 +48,18 @@ def open_stl10(path: Path, splits: list[str]) -> Source:
     """Opens STL-10: a folder of binaries, a folder that contains `stl10_binary`, or `stl10_binary.tar.gz`.
 
     Raises:
-        UserError: a file is missing, truncated or of a wrong size, or a label is out of range.
+        UserError: A file is missing, truncated or of a wrong size, or a label is out of range.
     """
     if unknown := sorted(set(splits) - set(OFFICIAL_SIZES)):
         raise UserError(f"--splits {','.join(unknown)}: STL-10 has {', '.join(OFFICIAL_SIZES)}")
-    for place in (path, path / "stl10_binary", path / "stl10_binary.tar.gz"):
-        if place.is_file():
-            return _make_source(_Archive(place), splits)
-        if place.is_dir() and any(place.glob("*_X.bin")):
-            return _make_source(_Folder(place), splits)
+    for candidate in (path, path / "stl10_binary", path / "stl10_binary.tar.gz"):
+        if candidate.is_file():
+            return _make_source(_Archive(candidate), splits)
+        if candidate.is_dir() and any(candidate.glob("*_X.bin")):
+            return _make_source(_Folder(candidate), splits)
     raise UserError(
         f"--data {path}: contains neither STL-10's binaries (train_X.bin ...) nor stl10_binary.tar.gz; "
-        "give their folder, or add --download"
+        "give the folder that contains them, or add --download"
     )
 
 
@@ -67,7 +67,7 @@ def download(folder: Path) -> Path:
     """Downloads `stl10_binary.tar.gz` (2.6 GB) to `folder` unless it exists, and checks its md5.
 
     Raises:
-        UserError: the download fails, or the md5 is wrong.
+        UserError: The download fails, or the md5 is wrong.
     """
     from torchvision.datasets import STL10
     from torchvision.datasets.utils import download_url
@@ -81,7 +81,7 @@ def download(folder: Path) -> Path:
 
 
 class _Folder:
-    """The binaries as files of a folder."""
+    """The binaries in a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +98,7 @@ class _Folder:
 
 
 class _LimitedGzipFile(gzip.GzipFile):
-    """A gzip file that refuses reads of more than `max_read` bytes: a damaged tar header can request any number."""
+    """A gzip file that rejects reads of more than `max_read` bytes, because a damaged tar header can request any size."""
 
     max_read = MAX_METADATA_BYTES
 
@@ -109,9 +109,9 @@ class _LimitedGzipFile(gzip.GzipFile):
 
 
 class _Archive:
-    """The binaries in `stl10_binary.tar.gz`, which is never unpacked to disk.
+    """The binaries in `stl10_binary.tar.gz`, which is not unpacked to disk.
 
-    A first pass over the archive lists the members and keeps the small ones; a second pass reads the images in order.
+    A first pass lists the members and reads labels, class names and folds. A second pass reads the images in order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -122,7 +122,7 @@ class _Archive:
         self._lock = threading.Lock()
         try:
             unpacked = _LimitedGzipFile(path)
-            self._tar = tarfile.open(fileobj=unpacked, mode="r:")  # noqa: SIM115 read until the process ends
+            self._tar = tarfile.open(fileobj=unpacked, mode="r:")  # noqa: SIM115 stays open until the process ends
             for member in self._tar:
                 if member.size < 0:
                     raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
@@ -178,11 +178,13 @@ class _BinarySplit:
 def _make_source(files: _Folder | _Archive, names: list[str]) -> Source:
     for name in ("class_names.txt", "fold_indices.txt", *(f"{split}_y.bin" for split in LABELED_SPLITS)):
         if (size := files.sizes.get(name, 0)) >= MAX_METADATA_BYTES:
-            raise UserError(f"{files.path / name}: {size:,} bytes, at most {MAX_METADATA_BYTES:,} are read; not STL-10's")
+            raise UserError(
+                f"{files.path / name}: {size:,} bytes, the maximum is {MAX_METADATA_BYTES:,}; it is not from STL-10"
+            )
     if missing := [name for name in names if f"{name}_X.bin" not in files.sizes]:
         raise UserError(f"{files.path}: {missing[0]}_X.bin is missing; add it, or exclude the split with --splits")
     splits: list[Split] = [_BinarySplit(name, _read_labels(files, name), files) for name in names]
-    if isinstance(files, _Archive):  # in the order of the archive, it is decompressed only once more
+    if isinstance(files, _Archive):  # one pass in the order of the archive decompresses all images
         order = list(files.sizes)
         splits.sort(key=lambda split: order.index(f"{split.name}_X.bin"))
     used = [f"{name}_X.bin" for name in names] + [f"{name}_y.bin" for name in names if name in LABELED_SPLITS]
@@ -200,7 +202,7 @@ def _read_labels(files: _Folder | _Archive, split: str) -> list[int]:
     if rest or not count:
         raise UserError(f"{path}: {size} bytes are not a multiple of {IMAGE_BYTES} (3x96x96); it is truncated or not STL-10")
     if count > MAX_IMAGES:
-        raise UserError(f"{path}: {count:,} images, at most {MAX_IMAGES:,} are supported; it is not STL-10")
+        raise UserError(f"{path}: {count:,} images, the maximum is {MAX_IMAGES:,}; it is not from STL-10")
     if count != OFFICIAL_SIZES[split]:
         print(f"note: {path} contains {count:,} images; the official STL-10 has {OFFICIAL_SIZES[split]:,}")
     if split not in LABELED_SPLITS:
@@ -223,7 +225,7 @@ def _read_folds(files: _Folder | _Archive, splits: list[Split]) -> list[list[int
     try:
         folds = [[int(row) for row in line.split()] for line in files.read_metadata(path.name).decode().splitlines()]
     except ValueError:
-        raise UserError(f"{path}: contains something else than row numbers") from None
+        raise UserError(f"{path}: contains a value that is not a row number") from None
     if any(not 0 <= row < train for fold in folds for row in fold):
         raise UserError(f"{path}: contains rows that train_X.bin does not have")
     return folds
@@ -234,7 +236,7 @@ def write_binaries(folder: Path, splits: dict[str, Iterator[tuple[Images, list[i
 
     Args:
         folder: Created if missing; existing files are replaced.
-        splits: For each split, chunks of images uint8 [n, 96, 96, 3] with labels 0..9 (ignored for unlabeled).
+        splits: Chunks of each split: images uint8 [n, 96, 96, 3] and labels 0..9 (ignored for unlabeled).
         class_names: Names of labels 0, 1, ...
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where the files of a set of shards are stored."""
+"""Storage of a set of shards."""
 
 import errno
 import os
@@ -10,20 +10,20 @@ from pathlib import Path
 from vae_scale.data.shard_file import Shard
 from vae_scale.errors import UserError
 
-SCHEMES = ("http", "https", "s3", "gs", "hf")  # supported URLs
+SCHEMES = ("http", "https", "s3", "gs", "hf")  # of supported URLs
 MAX_INDEX_BYTES = 2**30  # of an index.json
 
 
 class ShardReadError(UserError):
-    """One file of a set is missing, damaged or cannot be downloaded; the others may be readable."""
+    """A shard is missing, damaged or cannot be downloaded. Other shards may be readable."""
 
 
 class Storage(ABC):
     """Storage of a manifest and its shards.
 
     Attributes:
-        location: The location as the user gave it, without secrets.
-        is_local: Whether files are read in place.
+        location: Folder or URL, without secrets.
+        is_local: Whether all files are in a local folder.
     """
 
     location: str
@@ -82,5 +82,5 @@ class LocalStorage(Storage):
         size = os.fstat(file.fileno()).st_size
         if size != shard.filesize:
             file.close()
-            raise ShardReadError(f"{path}: {size} bytes, the manifest says {shard.filesize}; copy or pack it again")
+            raise ShardReadError(f"{path}: {size} bytes, expected {shard.filesize}; copy or pack it again")
         return file

@@ -1,4 +1,4 @@
-"""Batches of images, loaded ahead by threads."""
+"""A stream of batches that threads prefetch."""
 
 import atexit
 import itertools
@@ -18,24 +18,24 @@ from vae_scale.data.reader import NUM_LOADERS, Reader
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import to_device
 
-COPY_THREADS = 2  # each copies a batch of its own
-DEFAULT_WINDOW = 16  # shards, where shards are downloaded or decoded
+COPY_THREADS = 2  # each copies a different batch
+DEFAULT_WINDOW = 16  # shards, if they are downloaded or decoded
 
 
 def default_window(shards: ShardSet) -> int:
-    """Returns the default shuffle window: all shards if they are local arrays, else at most 16."""
+    """Returns the default shuffle window in shards: all local npy shards, otherwise at most 16."""
     count = len(shards.shards)
     return count if shards.encoding == "npy" and shards.storage.is_local else min(DEFAULT_WINDOW, count)
 
 
 @dataclass
 class Batch:
-    """This rank's share of a batch.
+    """The local part of a global batch.
 
     Attributes:
         images: uint8 [n, H, W, 3] on the device of the stream, valid until the next batch is requested.
         rows: Rows of the set: int64 [n].
-        num_replaced: Number of images that replace unreadable ones.
+        num_replaced: Number of images that replace images of bad shards.
     """
 
     images: Tensor
@@ -49,21 +49,21 @@ _Results = queue.SimpleQueue[tuple[Tensor, Rows, int] | BaseException]  # of one
 class Stream:
     """An endless stream of batches in the order of a `Plan`.
 
-    `images_seen` is the whole state: a stream with the same shards, seed and batch continues from it exactly, on any number of
-    ranks.
+    `images_seen` is the complete state: a stream with the same shards, seed and batch size resumes exactly from it, with any
+    number of ranks.
 
     Args:
         shards: The set to read.
         batch: Global batch size, a multiple of `world_size`.
-        seed: Seed of the order.
+        seed: Seed of the permutations.
         rank: Rank of this process.
         world_size: Number of processes.
         device: Device of the batches.
-        images_seen: Where to start.
+        images_seen: Number of images of the run before the first batch.
         window: Number of shards whose rows are shuffled together; defaults to `default_window`.
-        prefetch: Number of batches loaded ahead.
-        cache: "host", or "device" to keep the whole set in the memory of the device.
-        streams: Equal parts of a batch that come from different shards; ranks of different parts read different shards.
+        prefetch: Number of prefetched batches.
+        cache: "host", or "device" to keep all images in the memory of the device.
+        streams: Number of equal parts of a batch, which are read from different shards.
     """
 
     def __init__(
@@ -91,36 +91,36 @@ class Stream:
         self._device_cache = self._load() if cache == "device" else None
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the state."""
+        """Returns `images_seen`."""
         return {"images_seen": self.images_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restores the state of another stream. Takes effect at the next `iter()`."""
+        """Restores `images_seen`. Takes effect at the next `iter()`."""
         self.images_seen = state["images_seen"]
 
     def _load(self) -> Tensor:
-        """Loads the whole set to the device: uint8 [images, H, W, 3]."""
+        """Loads all images to the device: uint8 [images, H, W, 3]."""
         images = torch.empty((len(self.shards), *self.shards.image_shape), dtype=torch.uint8, device=self.device)
-        self._source_rows = np.arange(len(self.shards))  # the row that was read for each
+        self._source_rows = np.arange(len(self.shards))  # the row that was read in place of each row
         starts = self.shards.starts.tolist()
         with Reader(self.shards) as reader:
             for index, (start, stop) in enumerate(itertools.pairwise(starts)):
                 reader.prefetch(range(index, min(index + NUM_LOADERS, len(starts) - 1)))
                 buffer = np.empty((stop - start, *self.shards.image_shape), np.uint8)
-                located = reader.locate(np.arange(start, stop))
-                located.copy(buffer)
-                self._source_rows[start:stop] = located.rows
+                addresses = reader.locate(np.arange(start, stop))
+                addresses.copy(buffer)
+                self._source_rows[start:stop] = addresses.rows
                 images[start:stop] = torch.from_numpy(buffer)
         return images
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields batches endlessly. `wait_seconds` accumulates the time that the caller waited for them."""
+        """Yields batches indefinitely. `wait_seconds` accumulates the time spent waiting for them."""
         batches = self._from_host() if self._device_cache is None else self._from_device(self._device_cache)
         while True:
             begin = time.perf_counter()
             batch = next(batches)
             self.wait_seconds += time.perf_counter() - begin
-            self.images_seen += self.plan.batch  # before the yield, so that the state includes the batch in use
+            self.images_seen += self.plan.batch  # before the yield, so that the state includes the yielded batch
             self.shards.count_replaced(batch.num_replaced)
             yield batch
 
@@ -131,24 +131,24 @@ class Stream:
             yield Batch(images[to_device(rows, self.device)], rows, int((rows != planned).sum()))
 
     def _from_host(self) -> Iterator[Batch]:
-        """Copies batches to a ring of buffers, in threads that take turns at locating them."""
+        """Yields batches from a ring of buffers that threads fill."""
         shape = (self.plan.batch // self._world_size, *self.shards.image_shape)
         pinned = self.device.type == "cuda"
         free: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
-        ready: queue.SimpleQueue[_Results] = queue.SimpleQueue()  # in the order of the batches: the queue of each thread
-        # Besides the prefetched batches, one buffer is in use by the caller and some are being filled.
+        ready: queue.SimpleQueue[_Results] = queue.SimpleQueue()  # queues of the threads, in the order of the batches
+        # In addition to the prefetched batches, the caller uses one buffer and each thread fills one.
         for _ in range(self._prefetch + 1 + COPY_THREADS):
             free.put(torch.empty(shape, dtype=torch.uint8, pin_memory=pinned))
-        turn, positions = threading.Lock(), itertools.count(self.images_seen, self.plan.batch)
+        lock, positions = threading.Lock(), itertools.count(self.images_seen, self.plan.batch)
         started, torch_threads = threading.Barrier(COPY_THREADS + 1), torch.get_num_threads()
 
         def copy(reader: Reader) -> None:
-            torch.get_num_threads()  # otherwise its first call would reset the number
-            torch.set_num_threads(1)  # threads that share a batch would wait for each other on a busy machine
+            torch.get_num_threads()  # the first call in a thread resets the number
+            torch.set_num_threads(1)  # on a busy machine, threads that share a batch would wait for each other
             started.wait()
             results: _Results = queue.SimpleQueue()
             while True:
-                with turn:
+                with lock:
                     buffer = free.get()
                     if buffer is None:
                         free.put(None)  # for the other threads
@@ -157,20 +157,20 @@ class Stream:
                     try:
                         rows, shards = self.plan.local_batch(next(positions), self._rank, self._world_size)
                         reader.prefetch(shards)
-                        located = reader.locate(rows)
+                        addresses = reader.locate(rows)
                     except BaseException as error:  # raised in the caller's thread
                         results.put(error)
                         free.put(None)
                         return
-                located.copy(buffer.numpy())
-                results.put((buffer, located.rows, located.num_replaced))
+                addresses.copy(buffer.numpy())
+                results.put((buffer, addresses.rows, addresses.num_replaced))
 
         with Reader(self.shards) as reader:
             threads = [threading.Thread(target=copy, args=[reader], name="stream", daemon=True) for _ in range(COPY_THREADS)]
             for thread in threads:
                 thread.start()
             started.wait()
-            torch.set_num_threads(torch_threads)  # otherwise threads started later would inherit 1
+            torch.set_num_threads(torch_threads)  # otherwise threads that start later would inherit 1
 
             def stop() -> None:
                 free.put(None)
@@ -201,14 +201,14 @@ class Stream:
                 images = buffer.to(self.device, non_blocking=True)
                 return Batch(images, rows, num_replaced), buffer, side_stream.record_event()
 
-        following = upload() if pinned else None
+        prefetched = upload() if pinned else None
         while True:
             # On a GPU the next batch is uploaded while the current one is used.
-            batch, buffer, event = following or upload()
+            batch, buffer, event = prefetched or upload()
             if event is not None:
                 torch.cuda.current_stream().wait_event(event)
                 batch.images.record_stream(torch.cuda.current_stream())
-                following = upload()
+                prefetched = upload()
             yield batch
             if event is not None:
                 event.synchronize()

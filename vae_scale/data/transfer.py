@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_device(values: npt.NDArray[np.generic] | Tensor, device: torch.device) -> Tensor:
-    """Copies a small array or CPU tensor to `device`, through pinned memory so that the host does not wait for the GPU."""
+    """Copies a small array or CPU tensor to `device` through pinned memory, without synchronization with the GPU."""
     tensor = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
     if device.type != "cuda":
         return tensor.to(device)
@@ -17,13 +17,13 @@ def to_device(values: npt.NDArray[np.generic] | Tensor, device: torch.device) ->
 
 
 def normalize_images(images: Tensor, flips: Tensor | None = None) -> Tensor:
-    """Converts uint8 [b, h, w, 3] to [-1, 1], [b, 3, h, w] in channels_last; images where `flips` [b] is True are mirrored."""
+    """Converts uint8 [b, h, w, 3] to [-1, 1], [b, 3, h, w] in channels_last, and flips images where `flips` [b] is True."""
     x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     return x if flips is None else torch.where(flips[:, None, None, None], x.flip(3), x)
 
 
 class Uploader:
-    """Copies batches of uint8 images of one shape to `device`; one buffer is filled while the other is copied."""
+    """Copies batches of uint8 images of one shape to `device`; one of two buffers is filled while the other is copied."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self._device, is_cuda = device, device.type == "cuda"
@@ -41,7 +41,7 @@ class Uploader:
         return array
 
     def upload(self) -> Tensor:
-        """Returns the batch in the buffer on the device; on a CPU it is the buffer itself, valid until the next but one."""
+        """Returns the batch in the buffer on the device; on a CPU it is the buffer, which is reused for every second batch."""
         if self._stream is None:
             return self._buffer.to(self._device)
         with torch.cuda.stream(self._stream):

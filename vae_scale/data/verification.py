@@ -24,16 +24,16 @@ LOSSLESS = ("npy", "png")
 
 
 def verify(shards: ShardSet, workers: int) -> int:
-    """Reads a whole set and prints every problem in one line, and a note for each file that does not belong to the set.
+    """Reads all shards and prints one line for each problem, and a note for each file that does not belong to the set.
 
     Args:
-        shards: The set, in a folder or behind a URL.
+        shards: The set, local or remote.
         workers: Shards read in parallel.
 
     Returns:
         Number of problems.
     """
-    first_rows, sizes = [], Counter[str]()  # number of a shard's first sample in its split
+    first_rows, sizes = [], Counter[str]()  # index of each shard's first sample in its split
     for shard in shards.shards:
         first_rows.append(sizes[shard.split])
         sizes[shard.split] += shard.samples
@@ -77,7 +77,7 @@ def _check_shard(shards: ShardSet, shard: Shard, first_row: int) -> Iterator[str
 
 
 def _check_samples(file: BufferedReader, shards: ShardSet, shard: Shard, first_row: int) -> Iterator[str]:
-    is_packed = shard.pixels_sha256 is not None  # by this package: member names and the hash of the pixels are known
+    is_packed = shard.pixels_sha256 is not None  # by vae_scale, so that member names and the hash of the pixels are known
     rows = range(first_row, first_row + shard.samples) if is_packed else range(0)
     names = (f"{shard.split}-{row:08d}.{kind}" for row in rows for kind in ("cls", shards.encoding))
     pixels = hashlib.sha256() if is_packed and shards.encoding in LOSSLESS else None
@@ -87,8 +87,8 @@ def _check_samples(file: BufferedReader, shards: ShardSet, shard: Shard, first_r
     for member, content in iter_members(file):
         expected = next(names, member)
         if member != expected:
-            yield f"{member} is in the place of {expected}"
-            names.close()  # a missing member shifts all that follow: report only the first
+            yield f"found member {member}, expected {expected}"
+            names.close()  # report only the first: a missing member shifts all others
         kind = member_type(member)
         key = member[: len(member) - len(kind)]
         if kind == "cls":
@@ -131,7 +131,7 @@ def _check_other_files(shards: ShardSet) -> Iterator[str]:
     first = shards.shards[0]
     name = re.sub(rf"-{re.escape(first.split)}-\d+\.tar$", "", first.url)
     entries = [(shard.url, shard.split, shard.samples) for shard in shards.shards]
-    manifests = side_manifests(name, entries) if first.pixels_sha256 else {}  # an indexed WebDataset may have its own
+    manifests = side_manifests(name, entries) if first.pixels_sha256 else {}  # other WebDatasets may have different ones
     known_names = {"index.json", *manifests, *(shard.url for shard in shards.shards)}
     for path in sorted(Path(shards.location).iterdir()):
         if path.name in manifests:

@@ -1,1 +1,1 @@
-"""How good a model is: metrics on held-out images, and pictures."""
+"""Evaluation of trained models: metrics, image grids, samples, and encoding to latents."""

@@ -35,9 +35,9 @@ from vae_scale.models.vae import VAE
 from vae_scale.runtime import compiling
 from vae_scale.runtime.distributed import SINGLE_PROCESS, DistContext
 
-NAME = "latents"  # first part of every shard's name
+NAME = "latents"  # prefix of the shard names
 PLANES = ["mean", "log_variance"]
-WORKERS = 2  # threads that write shards, and that check those of an interrupted call
+WORKERS = 2  # threads that write shards, and verify existing ones when resuming
 
 Latents = npt.NDArray[np.float32]
 
@@ -55,8 +55,8 @@ def encode_shards(
 ) -> bool:
     """Writes mean and log-variance of the posterior of every image to `out`. Resumes an interrupted call.
 
-    Each shard of images becomes one shard of latents, encoded by one process. Its bytes therefore depend neither on the number
-    of processes nor on interruptions.
+    Each shard of images is encoded by one process into one shard of latents, so its bytes depend neither on the number of
+    processes nor on interruptions.
 
     Args:
         model: In evaluation mode.
@@ -95,13 +95,13 @@ def encode_shards(
         reader.prefetch([shard for shard in (number, number + 1) if shard in numbers])
         rows, batches = np.arange(shards.starts[number], shards.starts[number + 1]), []
         for begin in range(0, len(rows), batch_size):
-            # The last batch is padded: another batch size would be compiled again.
+            # The last batch is padded, since another batch size would trigger a recompilation.
             reader.gather(rows[np.minimum(np.arange(begin, begin + batch_size), len(rows) - 1)], uploader.buffer())
             batches.append(encode_batch(model, uploader.upload()))
         latents: Latents = torch.cat(batches)[: len(rows)].cpu().numpy()
         if not np.isfinite(latents).all():
-            place = shards.location_of(shards.shards[number])
-            raise UserError(f"{place}: a latent is not finite; the model has diverged, or needs --precision fp32")
+            location = shards.location_of(shards.shards[number])
+            raise UserError(f"{location}: a latent is not finite; the model has diverged, or needs --precision fp32")
         return latents
 
     layout = Layout("npy", (2, *model.latent_shape), np.dtype(np.float32).str)
@@ -130,7 +130,7 @@ class _LatentSplit:
     shape: tuple[int, ...]
     encode_shard: Callable[[int], Latents]
     labels: list[int] = field(default_factory=list)
-    numbers: dict[int, int] = field(default_factory=dict)  # number of the shard that begins at a row
+    numbers: dict[int, int] = field(default_factory=dict)  # shard number by its first row
 
     def fetch(self, start: int, stop: int) -> Latents:
         return self.encode_shard(self.numbers[start])

@@ -51,9 +51,9 @@ def iterate_batches(
     """Iterates over this rank's part of the first `images` of a set, or of `images` spread evenly over it.
 
     Yields:
-        For each batch: the numbers of its images, which exceed images-1 where the last batch is padded; the images, uint8
-        [batch_size, h, w, 3], valid until the batch after the next is requested; and weights [batch_size]: 1, or 0 for padding.
-        With a name in `progress`, rank 0 displays a progress bar.
+        For each batch: the numbers of its images (padding of the last batch has numbers of at least `images`); the images,
+        uint8 [batch_size, h, w, 3], valid until the batch after the next is requested; and weights [batch_size], 0 for padding
+        and 1 otherwise. If `progress` is not empty, rank 0 displays a progress bar with this name.
     """
     selected = np.linspace(0, len(shards) - 1, images).astype(np.int64) if spread else np.arange(images)
     uploader = Uploader((batch_size, *shards.image_shape), device)
@@ -86,7 +86,7 @@ def evaluate(
         batch_size: Images per batch and rank.
         seed: Keys the noise of each image.
         dist: The ranks that share the work.
-        extended: Adds metrics that need further passes through the network.
+        extended: Enables metrics that require further passes through the network.
 
     Returns:
         Means over images. In nats per image: `neg_elbo` (the negative ELBO), its terms `reconstruction` and `kl`, and
@@ -94,7 +94,7 @@ def evaluate(
         `psnr` in dB, of the reconstruction from the sampled latent.
 
         With `extended`, `psnr`, `ssim` and `lpips` are of the reconstruction from the posterior mean; `active_units` is
-        the number of active ones of the `latent_units` latent dimensions; `iwae_nll` (and `iwae_bits_per_dim`) is the
+        the number of active latent dimensions out of `latent_units`; `iwae_nll` (and `iwae_bits_per_dim`) is the
         importance-weighted bound -log mean(p(image, latent) / q(latent | image)), which decreases to -log p(image) as the
         number of latents increases (Burda et al., 2016, eq. 8).
     """

@@ -30,7 +30,7 @@ from vae_scale.runtime.distributed import SINGLE_PROCESS, DistContext
 
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-CACHE_VERSION = 1  # incremented whenever the same images give other features
+CACHE_VERSION = 1  # incremented when the features of the same images change
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ def load_extractor(
 
     Args:
         name: efficientnet_lite0, whose weights are part of a package, or inception, the network of the FID.
-        device: Its device.
-        weights: File of its weights. Defaults to the package's; for inception to a download into PyTorch's hub folder.
+        device: Device of the network.
+        weights: File of the weights. By default those of the package, or for inception a download into PyTorch's hub folder.
 
     Raises:
-        UserError: if a package or the weights are missing, or the weights have another SHA-256.
+        UserError: if a package or the weights are missing, or the SHA-256 of the weights differs.
     """
     return (_load_efficientnet if name == "efficientnet_lite0" else _load_inception)(device, weights)
 
@@ -76,7 +76,7 @@ def _load_efficientnet(device: torch.device | str, weights: Path | None) -> Feat
         features = []
         # Small batches stay in a CPU's cache: 37 ms per image for 8 images, 73 ms for 32 (one core).
         for part in images.split(8 if images.device.type == "cpu" else len(images)):
-            x = part.permute(0, 3, 1, 2).float()  # resized and scaled as in its training
+            x = part.permute(0, 3, 1, 2).float()  # the preprocessing of its training
             x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
             features.append(model.extract_features((x - 127) / 128).mean((2, 3)))
         return torch.cat(features)
@@ -111,8 +111,8 @@ def extract_reference_features(
 ) -> Tensor | None:
     """Returns features of the first `images` of a set, fp32 [n, dimensions] on the CPU; None on ranks other than 0.
 
-    They are read from a file in $XDG_CACHE_HOME/vae_scale (default: ~/.cache/vae_scale), or computed by all ranks and
-    written to it.
+    The features are read from a cache file in $XDG_CACHE_HOME/vae_scale (default: ~/.cache/vae_scale), or computed by all
+    ranks and cached.
     """
     images = min(images, len(shards))
     # Hashes of the shards identify their pixels; the fingerprint only identifies source and options.
@@ -123,7 +123,7 @@ def extract_reference_features(
     if dist.rank == 0 and path.is_file():
         with contextlib.suppress(OSError, SafetensorError, KeyError):
             cached = load_file(path)["features"]
-    if dist.all_reduce_sum(torch.tensor(float(cached is not None), device=device)):  # all ranks follow rank 0
+    if dist.all_reduce_sum(torch.tensor(float(cached is not None), device=device)):  # all ranks take the same branch
         return cached
     batches = iterate_batches(shards, images, batch_size, dist, torch.device(device), progress="reference")
     features = _gather_rows(((extractor(pixels), weights) for _, pixels, weights in batches), dist)
@@ -133,7 +133,7 @@ def extract_reference_features(
             with atomic_path(path) as temporary:
                 save_file({"features": features}, temporary)
         except (OSError, SafetensorError) as error:
-            print(f"warning: {path} is not written: {error}", file=sys.stderr, flush=True)
+            print(f"warning: {path} cannot be written: {error}", file=sys.stderr, flush=True)
     return features
 
 

@@ -1,4 +1,4 @@
-"""Images that illustrate a model: each function returns images [n, 3, side, side] in [-1, 1] on the CPU, row by row."""
+"""Image grids of a model. Each function returns images [n, 3, side, side] in [-1, 1] on the CPU, row by row."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ def make_training_grids(model: VAE, shards: ShardSet, num_samples: int, seed: in
 
 
 def interpolate(model: VAE, latents: Tensor, steps: int, batch_size: int) -> Tensor:
-    """Interpolates in `steps` images each from the first half of `latents` [2r, ...] to the second, along great circles."""
+    """Returns r spherical interpolations of `steps` images, from the first half of `latents` [2r, ...] to the second."""
     positions = torch.linspace(0, 1, steps).tolist()
     pairs = zip(*latents.chunk(2), strict=True)
     return model.decode_batches(torch.stack([slerp(first, last, t) for first, last in pairs for t in positions]), batch_size)
@@ -54,8 +54,8 @@ def reconstruct_pairs(model: VAE, shards: ShardSet, images: int, batch_size: int
     originals = normalize_images(torch.from_numpy(shards.load_images(np.arange(min(images, len(shards))))))
     device = next(model.parameters()).device
     with torch.inference_mode():
-        parts = [model.reconstruct(part.to(device)).float().cpu() for part in originals.split(batch_size)]
-    return torch.stack([originals, torch.cat(parts)], 1).flatten(0, 1)
+        reconstructions = [model.reconstruct(batch.to(device)).float().cpu() for batch in originals.split(batch_size)]
+    return torch.stack([originals, torch.cat(reconstructions)], 1).flatten(0, 1)
 
 
 def retrieve_neighbours(samples: Tensor, shards: ShardSet, extractor: FeatureExtractor, batch_size: int) -> Tensor:
@@ -69,7 +69,7 @@ def retrieve_neighbours(samples: Tensor, shards: ShardSet, extractor: FeatureExt
 
 
 def encode_photos(model: VAE, paths: Sequence[Path]) -> Tensor:
-    """Returns the posterior means, on the CPU, of photos, which are cropped and resized to the model's resolution.
+    """Returns the posterior means, on the CPU, of photos cropped and resized to the model's resolution.
 
     Raises:
         UserError: if a file cannot be read as an image.

@@ -86,7 +86,7 @@ def evaluate_flow(
         inputs = {
             "noise": per_sample_noise(numbers, model.latent_shape, seed, "evaluation"),
             "start": per_sample_noise(numbers, model.latent_shape, seed, "flow evaluation"),
-            "time": torch.tensor([(number + 0.5) * GOLDEN_RATIO % 1 for number in numbers]),  # evenly spread for any number
+            "time": torch.tensor([(number + 0.5) * GOLDEN_RATIO % 1 for number in numbers]),  # a low-discrepancy sequence
             "label": torch.full((batch_size,), model.flow.num_classes),  # unconditional
             "augmentation": torch.zeros(batch_size, AUGMENTATION_DIM),
         }

@@ -60,6 +60,6 @@ def load_run(run: Path, accelerator: "Accelerator | None" = None) -> LoadedRun:
 
 
 def start_command(run: Path, precision: Literal["auto", "bf16", "fp32"]) -> "tuple[LoadedRun, Accelerator]":
-    """Starts the process group at a precision and loads a run."""
+    """Initializes Accelerate with a precision and loads a run."""
     accelerator = create_accelerator(TrainConfig(precision=precision))
     return load_run(run, accelerator), accelerator

@@ -11,7 +11,7 @@ CHUNK = 1024  # rows of a distance matrix computed at a time
 
 
 def compute_prdc(reference: Tensor, samples: Tensor) -> dict[str, float]:
-    """Compares samples with real images. The ball of an image reaches to its k-th nearest neighbour in its own set.
+    """Compares samples with real images. The ball of an image has the distance to its k-th nearest neighbour as its radius.
 
     Args:
         reference: Features of real images: [n, d].

@@ -1,4 +1,4 @@
-"""Large numbers of samples, decoded by all ranks."""
+"""Distributed sampling of images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +42,7 @@ def sample_images(
         compiled: Whether to use torch.compile.
     """
     device = next(model.parameters()).device
-    # Batches of equal size, to compile once, with the least padding.
+    # Batches of equal size, with the least padding, are compiled only once.
     rounds = -(-num // (batch_size * dist.world_size))
     batch_size = -(-num // (rounds * dist.world_size))
     if compiled:

@@ -9,7 +9,7 @@ MIN_GROUP_CHANNELS = 16
 SOFT_CLAMP = 5.0
 
 
-# These functions permute to [b, h, w, c] first, so that gradients are in channels_last memory, too.
+# The next three functions permute to [b, h, w, c] first, so that gradients are in channels_last memory as well.
 
 
 def space_to_depth(x: Tensor, side: int) -> Tensor:
@@ -46,8 +46,8 @@ def conv(in_channels: int, out_channels: int, kernel_size: int = 3, zero_init: b
 class GroupNorm(nn.GroupNorm):
     """Group normalization (Wu & He, 2018) in channels_last memory.
 
-    PyTorch's CUDA kernel returns contiguous memory, which makes the adjacent convolutions transpose. Under torch.compile it is
-    replaced with elementwise operations that the compiler fuses; without the compiler these would be slower.
+    PyTorch's CUDA kernel returns contiguous memory, so the adjacent convolutions have to transpose. Under torch.compile it is
+    replaced with elementwise operations that the compiler fuses; in eager mode these would be slower.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def group_norm(channels: int) -> GroupNorm:
 
 
 class Block(nn.Module):
-    """Base class of the modules that FSDP2 shards as a unit. They must be used by calling the whole module."""
+    """Base class of the modules that FSDP2 shards as a unit. Use them only through `__call__`, which runs FSDP2's hooks."""
 
 
 class ResBlock(Block):

@@ -26,7 +26,7 @@ Function = Callable[[Tensor], Sequence[Tensor]]
 DESCRIPTION = "export.json"
 PACKAGES = {"torch": [], "onnx": ["onnx", "onnxscript", "onnxruntime"], "diffusers": ["diffusers"]}
 PARTS: dict[Part, tuple[str, list[str]]] = {"decoder": ("latent", ["image"]), "encoder": ("image", ["mean", "log_sigma"])}
-BATCH_SIZES = [1, 3]  # at which outputs are compared
+BATCH_SIZES = [1, 3]  # for which outputs are compared
 TOLERANCE = 1e-3  # maximum difference from the model's output, relative to the largest output or 1: 1/8 grey level
 
 
@@ -45,11 +45,11 @@ class _PartModule(nn.Module):
 
 
 def export_model(model: VAE, out: Path, form: Format, source: dict[str, Any]) -> dict[str, Any]:
-    """Exports `model` to the folder `out`, if its outputs are those of the model. Returns the content of `export.json`.
+    """Exports `model` to the folder `out` and verifies the outputs. Returns the content of `export.json`.
 
-    torch writes `decoder.pt2` and `encoder.pt2`, onnx writes `decoder.onnx` and `encoder.onnx`, for fp32 and any batch size.
-    diffusers writes what `AutoencoderKL.from_pretrained` loads. `mixture.safetensors` holds the mixture prior, if there is one.
-    `export.json` describes the export and is written last.
+    Format torch writes `decoder.pt2` and `encoder.pt2`, onnx `decoder.onnx` and `encoder.onnx`, for fp32 and any batch size;
+    diffusers writes a folder for `AutoencoderKL.from_pretrained`. The mixture prior, if any, is saved to
+    `mixture.safetensors`. `export.json` describes the export and is written last.
 
     Args:
         model: The model, on the CPU.
@@ -83,7 +83,7 @@ def export_model(model: VAE, out: Path, form: Format, source: dict[str, Any]) ->
             save_file(vars(model.mixture), temporary / MIXTURE)
         write_json(temporary / DESCRIPTION, description)
         out.mkdir(parents=True, exist_ok=True)
-        (out / DESCRIPTION).unlink(missing_ok=True)  # it must not describe files of another export
+        (out / DESCRIPTION).unlink(missing_ok=True)  # so that it never describes the files of another export
         for path in sorted(temporary.iterdir(), key=lambda path: path.name == DESCRIPTION):
             path.replace(out / path.name)
     finally:
@@ -117,7 +117,7 @@ def _export_programs(model: VAE, folder: Path, form: Format) -> dict[str, Any]:
 
 
 def _strip(program: ExportedProgram) -> None:
-    """Removes the parameters of the other part, the example inputs, which would be pickled, and the paths of source files."""
+    """Removes unused parameters, the example inputs (they would be pickled) and stack traces, which contain source paths."""
     program.example_inputs = None
     specs = program.graph_signature.input_specs
     for node, spec in zip(program.graph.find_nodes(op="placeholder"), list(specs), strict=True):
@@ -131,7 +131,7 @@ def _strip(program: ExportedProgram) -> None:
 
 
 def _save_program(program: ExportedProgram, path: Path) -> Function:
-    buffer = io.BytesIO()  # a full disk is then an OSError that names the file
+    buffer = io.BytesIO()  # torch.export.save reports a full disk without the file name
     torch.export.save(program, buffer)
     with zipfile.ZipFile(buffer) as archive:
         names = [entry.filename for entry in archive.infolist() if entry.file_size]
@@ -146,7 +146,7 @@ def _save_onnx(program: ExportedProgram, part: Part, path: Path) -> Function:
     import onnxruntime
 
     input_name, output_names = PARTS[part]
-    shapes = ({0: Dim("batch")},)  # again, for the name of the axis
+    shapes = ({0: Dim("batch")},)  # repeated, to name the axis in the ONNX graph
     exported = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=[input_name], output_names=output_names, dynamic_shapes=shapes
     )

@@ -28,12 +28,12 @@ class Flow(nn.Module):
         depth: Number of blocks.
         patch: Side of the square of latents in a token.
         latent_shape: (c, h, w); h and w are multiples of `patch`.
-        num_classes: Number of class labels; the label `num_classes` itself stands for no class.
+        num_classes: Number of class labels; the label `num_classes` means no class.
 
     Attributes:
         latent_mean: Mean of each latent channel, [c, 1, 1].
         latent_std: Standard deviation of each latent channel under the aggregate posterior, sqrt(var(mean) + E[sigma^2]),
-            [c, 1, 1]. That of the means alone would amplify collapsed channels, with means near 0 and sigma near 1.
+            [c, 1, 1]. Dividing by sqrt(var(mean)) would amplify collapsed channels, whose means are near 0 and sigmas near 1.
     """
 
     latent_mean: Tensor

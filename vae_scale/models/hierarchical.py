@@ -65,12 +65,12 @@ class HierarchicalVAE(VAE):
         `kl` is [b, layers], coarse to fine, exact for each layer given the sampled layers above.
         """
         posterior, output = self.decoder.infer(self.encoder(images), noise)
-        kl = torch.stack([part.sum(1) for part in posterior.kl().split(self.layer_sizes, 1)], 1)
+        kl = torch.stack([layer_kl.sum(1) for layer_kl in posterior.kl().split(self.layer_sizes, 1)], 1)
         return ELBOTerms(self.likelihood.log_prob(output, images), kl, posterior.log_ratio(noise), output)
 
 
 class _Bottleneck(Block):
-    """1x1, 3x3, 1x1 convolutions with an activation before each; the 3x3 is a 1x1 on feature maps of side 1 or 2."""
+    """1x1, 3x3, 1x1 convolutions each preceded by an activation; the 3x3 becomes a 1x1 on feature maps of side 1 or 2."""
 
     def __init__(self, c_in: int, c_mid: int, c_out: int, side: int, gain: float) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class _StochasticLayer(nn.Module):
         return soft_clamp(mean), soft_clamp(log_sigma)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """Returns the features after this layer, from the features before it, [b, width, side, side], and its e."""
+        """Maps the features before this layer, [b, width, side, side], and its e to the features after it."""
         mean, log_sigma, residual = self.prior(x).split(self.split_sizes, 1)
         z = mean + soft_clamp(log_sigma).exp() * e
         return self.block(x + residual + self.proj(z))

@@ -1,7 +1,7 @@
 """The autoencoder of latent diffusion, with the layers and parameter names of diffusers' `AutoencoderKL`.
 
-It is not a wrapper of `AutoencoderKL`, which makes features contiguous: in GroupNorm on CUDA, before the shortcut of a residual
-block in training, and in upsampling of 64 images or more. The convolutions after these would have to transpose.
+It does not wrap `AutoencoderKL`, which makes features contiguous in GroupNorm on CUDA, before the shortcut of a residual block
+in training, and in upsampling of 64 images or more. The convolutions that follow would have to transpose.
 """
 
 from collections import OrderedDict
@@ -85,7 +85,7 @@ class KLVAE(VAE):
             sample_size=self.resolution,
             scaling_factor=scaling_factor,
         )
-        # In AutoencoderKL, the two 1x1 convolutions next to the latents are outside of the encoder and the decoder.
+        # In AutoencoderKL, the two 1x1 convolutions next to the latents are not part of the encoder and the decoder.
         state = {
             name.replace("encoder.quant_conv.", "quant_conv.").replace("decoder.post_quant_conv.", "post_quant_conv."): tensor
             for name, tensor in self.state_dict().items()
@@ -102,10 +102,10 @@ def _named(**layers: nn.Module) -> nn.Sequential:
 def _encoder(widths: list[int], blocks: int, latent_channels: int, groups: int) -> nn.Sequential:
     levels, c = [], widths[0]
     for level, width in enumerate(widths):
-        parts = {"resnets": _blocks(c, width, blocks, groups)}
+        layers = {"resnets": _blocks(c, width, blocks, groups)}
         if level < len(widths) - 1:
-            parts["downsamplers"] = nn.Sequential(_Downsample(width))
-        levels.append(_named(**parts))
+            layers["downsamplers"] = nn.Sequential(_Downsample(width))
+        levels.append(_named(**layers))
         c = width
     quant_conv = conv(2 * latent_channels, 2 * latent_channels, kernel_size=1)
     assert quant_conv.bias is not None
@@ -124,10 +124,10 @@ def _encoder(widths: list[int], blocks: int, latent_channels: int, groups: int) 
 def _decoder(widths: list[int], blocks: int, latent_channels: int, groups: int, out_channels: int) -> nn.Sequential:
     levels, c = [], widths[-1]
     for level, width in reversed(list(enumerate(widths))):
-        parts = {"resnets": _blocks(c, width, blocks + 1, groups)}
+        layers = {"resnets": _blocks(c, width, blocks + 1, groups)}
         if level:
-            parts["upsamplers"] = nn.Sequential(_named(upsample=nn.Upsample(scale_factor=2), conv=conv(width, width)))
-        levels.append(_named(**parts))
+            layers["upsamplers"] = nn.Sequential(_named(upsample=nn.Upsample(scale_factor=2), conv=conv(width, width)))
+        levels.append(_named(**layers))
         c = width
     return _named(
         post_quant_conv=conv(latent_channels, latent_channels, kernel_size=1),
@@ -188,8 +188,8 @@ class _MidBlock(nn.Module):
         self.attentions = nn.Sequential(_Attention(channels, groups))
 
     def forward(self, x: Tensor) -> Tensor:
-        before, after = self.resnets
-        return after(self.attentions(before(x)))
+        first, second = self.resnets
+        return second(self.attentions(first(x)))
 
 
 class _Downsample(nn.Module):

@@ -155,7 +155,7 @@ class LogisticMixture(Likelihood):
         upper, lower = inverse * (centered + half), inverse * (centered - half)
         middle = inverse * centered
         inside = upper.sigmoid() - lower.sigmoid()
-        # Where the difference underflows in fp32, the density at the middle times the width.
+        # Used where the difference underflows in fp32: the density at the center of the level times its width.
         density = middle - log_scales - 2 * F.softplus(middle) + math.log(2 * half)
         log_inside = torch.where(inside > 1e-5, inside.clamp(min=1e-12).log(), density)
         first, last = x < -1 + half, x > 1 - half

@@ -1,6 +1,6 @@
 """The Gaussian mixture prior.
 
-The latents of images fill only a part of N(0, I), and the decoder is trained on these alone. A density fitted to them after
+The latents of images cover only a part of N(0, I), and the decoder is trained only there. A density fitted to them after
 training gives better samples ("ex-post density estimation", Ghosh et al., 2020, sec. 4).
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vae_scale.randomness import make_generator, per_sample_noise
 
-MAX_LATENT_DIM = 1536  # with more values per latent, full covariances are too large
+MAX_LATENT_DIM = 1536  # values per latent up to which full covariances are fitted
 MAX_COMPONENTS = 128
 EM_ITERATIONS = 15
 KMEANS_ITERATIONS = 10
@@ -35,9 +35,9 @@ class GaussianMixture:
 
     @classmethod
     def fit(cls, mean: Tensor, sigma: Tensor, seed: int) -> Self:
-        """Fits a mixture to posteriors N(mean, sigma^2) by expectation maximization, with their variances taken into account.
+        """Fits a mixture to posteriors N(mean, sigma^2) by expectation maximization, including their variances.
 
-        There is one component per d images, at most 128. On held-out latents of the demonstration, 64 and 128 components had a
+        Uses one component per d images, at most 128. On held-out latents of the demo configuration, 64 and 128 components had a
         higher likelihood than 26, 52 and 200.
 
         Args:

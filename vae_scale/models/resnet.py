@@ -1,4 +1,4 @@
-"""The residual VAE, with a map of latents or one latent vector."""
+"""The residual VAE."""
 
 import torch.nn.functional as F
 from einops.layers.torch import Rearrange
@@ -36,8 +36,8 @@ class ResNetVAE(VAE):
         vector = config.latent == "vector"
         widths = [config.width * multiplier for multiplier in config.channel_mult]
         encoder = _Encoder(config, widths, side)
-        outputs = make_likelihood(config.likelihood, config.likelihood_scale).channels
-        decoder = _Decoder(config, widths, side, outputs)
+        out_channels = make_likelihood(config.likelihood, config.likelihood_scale).channels
+        decoder = _Decoder(config, widths, side, out_channels)
         shape = (config.latent_channels, 1, 1) if vector else (config.latent_channels, side, side)
         super().__init__(config, resolution, shape, encoder, decoder)
 
@@ -56,13 +56,13 @@ class _Encoder(nn.Module):
             layers.append(Attention(widths[-1]))
         self.layers = nn.Sequential(*layers)
         self.norm = group_norm(widths[-1])
-        outputs = 2 * config.latent_channels
+        out_channels = 2 * config.latent_channels
         last: nn.Linear | nn.Conv2d
         if config.latent == "vector":
-            last = nn.Linear(widths[-1] * side**2, outputs)
+            last = nn.Linear(widths[-1] * side**2, out_channels)
             self.head: nn.Module = nn.Sequential(Rearrange("b c h w -> b (h w c)"), last, Rearrange("b c -> b c 1 1"))
         else:
-            self.head = last = conv(widths[-1], outputs, kernel_size=1)
+            self.head = last = conv(widths[-1], out_channels, kernel_size=1)
         # With a map of latents, a small initial sigma gave 0.4% fewer nats after a hundred steps (one run).
         assert last.bias is not None
         nn.init.constant_(last.bias[config.latent_channels :], INITIAL_LOG_SIGMA)
@@ -73,7 +73,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, config: VAEConfig, widths: list[int], side: int, outputs: int) -> None:
+    def __init__(self, config: VAEConfig, widths: list[int], side: int, out_channels: int) -> None:
         super().__init__()
         self.patch = config.patch_size
         if config.latent == "vector":
@@ -90,7 +90,7 @@ class _Decoder(nn.Module):
                 layers.append(Upsample(width, widths[level - 1]))
         self.layers = nn.Sequential(*layers)
         self.norm = group_norm(widths[0])
-        self.head = conv(widths[0], outputs * config.patch_size**2, zero_init=True)
+        self.head = conv(widths[0], out_channels * config.patch_size**2, zero_init=True)
 
     def forward(self, latents: Tensor) -> Tensor:
         hidden = self.layers(self.stem(latents))

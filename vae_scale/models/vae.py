@@ -99,7 +99,7 @@ class VAE(PretrainedModel):
         decoder: Maps latents to the parameters of the likelihood.
 
     Attributes:
-        networks: The subclasses by the name that `VAEConfig.network` has for them.
+        networks: Subclasses by the value of `VAEConfig.network`.
         likelihood: p(image | latent).
         mixture: The Gaussian mixture prior, or None before it is fitted.
         flow: The flow prior, or None before the second training stage.
@@ -184,7 +184,7 @@ class VAE(PretrainedModel):
             temperature: Scale of the noise.
             prior: The prior; see `resolve_prior`.
             sampling: Options of the flow prior.
-            batch_size: Latents that the flow prior computes at a time.
+            batch_size: Number of latents that the flow prior computes at a time.
 
         Returns:
             [num, *latent_shape], on the CPU.
@@ -230,13 +230,13 @@ class VAE(PretrainedModel):
             seed: Random seed.
             temperature: Scale of the noise; values below 1 give more typical images.
             batch_size: Images computed at a time.
-            prior: normal for N(0, I), gmm for the mixture, flow, or auto for the best of the model.
+            prior: normal for N(0, I), gmm for the mixture, flow, or auto for the best available.
             sampling: Options of the flow prior.
         """
         return self.decode_batches(self.sample_latents(num, seed, temperature, prior, sampling, batch_size), batch_size)
 
     def add_flow(self, width: int, depth: int, patch: int, class_names: Sequence[str]) -> Flow:
-        """Adds an untrained flow prior, in place of an existing one."""
+        """Adds an untrained flow prior, which replaces an existing one."""
         self.flow, self.class_names = Flow(width, depth, patch, self.latent_shape, len(class_names)), tuple(class_names)
         return self.flow
 
@@ -271,7 +271,7 @@ class VAE(PretrainedModel):
 def slerp(start: Tensor, end: Tensor, t: float) -> Tensor:
     """Interpolates spherically between two latents (White, 2016); `t` is 0 at `start` and 1 at `end`.
 
-    Unlike linear interpolation, it keeps the norm at which N(0, I) has its mass.
+    Unlike linear interpolation, it preserves the norm, which is nearly constant for samples of N(0, I).
     """
     cosine = F.cosine_similarity(start.flatten(), end.flatten(), dim=0).clamp(-1 + 1e-6, 1 - 1e-6)
     angle = torch.acos(cosine)

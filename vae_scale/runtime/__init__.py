@@ -1,1 +1,1 @@
-"""How processes run: devices, precision, sharding, signals, checkpoints."""
+"""Runtime: launching, precision, sharding, compilation, signals, watchdog and checkpoints."""

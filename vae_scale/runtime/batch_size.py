@@ -37,7 +37,7 @@ def find_batch_size(
     of memory would kill the process, memory is estimated from the tensors saved for backward.
 
     Args:
-        loss_fn: Returns the loss of a given number of images, compiled if training is.
+        loss_fn: Returns the loss of a given number of images, compiled if training is compiled.
         parameters: The trainable parameters.
         device: The device of the parameters.
         multiple: Divides the result, in images.
@@ -110,8 +110,8 @@ def find_max_images(
 ) -> int:
     """Returns the largest of `counts` that can be trained on, or 0.
 
-    The peak memory of `probe` and `2 * probe` images, in bytes, is extrapolated to the `available` memory. The candidates that
-    remain are tried, largest first.
+    The peak memory of `probe` and `2 * probe` images, in bytes, is extrapolated to the `available` memory. The
+    remaining candidates are tried, largest first.
     """
     candidates = counts
     if can_train(probe) and can_train(2 * probe):
@@ -122,7 +122,7 @@ def find_max_images(
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Returns whether an error of CUDA, cuDNN, cuBLAS or the host means that memory ran out."""
+    """Returns whether an error of CUDA, cuDNN, cuBLAS or the host is an out-of-memory error."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY_MESSAGES)
 
 

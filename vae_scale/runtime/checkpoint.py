@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors and JSON files, without pickle, either complete or absent.
+"""Checkpoints: folders of safetensors and JSON files, which hold no pickle and are either complete or absent.
 
 A checkpoint `images_000012345` holds `model`, `ema` and `optimizer.safetensors`, `config.json` (for `VAE.from_pretrained`),
 `state.json`, and `manifest.json` with the size and SHA-256 of the other files, written last. The folder is written under a
@@ -53,7 +53,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """Returns what is wrong with a checkpoint, or None if it matches its manifest."""
+    """Returns the reason why a checkpoint is invalid, or None if it matches its manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
         for name, entry in files.items():
@@ -95,7 +95,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 def require_checkpoint(
     run: str | Path, option: str, dist: DistContext = SINGLE_PROCESS, device: torch.device | str = "cpu"
 ) -> Path:
-    """Returns the newest valid checkpoint of the run that `option` names, the same one on all ranks. All ranks must call it.
+    """Returns the newest valid checkpoint of the run that `option` names. All ranks must call it and return the same one.
 
     Raises:
         UserError: if the run has no valid checkpoint.
@@ -138,7 +138,7 @@ class _StateDict(dict[str, Any]):
 
 
 def first_mismatch(parameters: Iterable[tuple[str, Parameter]], optimizer: dict[str, Tensor]) -> str | None:
-    """Returns the first AdamW state that a checkpoint lacks or holds in another shape, or None."""
+    """Returns the name of the first AdamW state that is missing or has another shape, or None."""
     for name, parameter in parameters:
         for key, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
             saved = optimizer.get(f"{key}.{name}")
@@ -156,8 +156,8 @@ class CheckpointWriter:
         run: The run's folder.
         keep: Number of newest checkpoints to keep.
         keep_every: Also keeps the first checkpoint after each multiple of this number of images.
-        on_failed: Called from the thread with a message if a checkpoint cannot be written.
-        on_saved: Called from the thread with the folder of each written checkpoint.
+        on_failed: Called from the background thread with a message if a checkpoint cannot be written.
+        on_saved: Called from the background thread with the folder of each written checkpoint.
     """
 
     def __init__(
@@ -188,8 +188,8 @@ class CheckpointWriter:
         with contextlib.suppress(UserError):  # was reported; this checkpoint replaces the failed one
             self.wait()
         previous, self._staged = self._staged, {}
-        # Not copied in the thread: that would start a second pool of OpenMP threads, and with more threads than cores, OpenMP
-        # stops spinning, which doubles the duration of all later steps.
+        # Not copied in the background thread, which would start a second pool of OpenMP threads. With more threads than cores,
+        # OpenMP stops spinning, which doubles the duration of all later steps.
         for group, named_tensors in tensors.items():
             buffers = previous.get(group, {})
             self._staged[group] = {
@@ -252,7 +252,7 @@ class CheckpointWriter:
         fsync(final.parent)
 
     def _delete_old(self) -> None:
-        """Deletes old checkpoints after a newer one was written. Those without a manifest are not counted."""
+        """Deletes old checkpoints. Checkpoints without a manifest are neither counted nor deleted."""
         complete = [path for path in list_checkpoints(self._run) if (path / MANIFEST).exists()]
         milestones = {images_seen_at(path) // self._keep_every: path for path in reversed(complete)} if self._keep_every else {}
         milestones.pop(0, None)

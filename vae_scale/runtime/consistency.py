@@ -23,14 +23,14 @@ def check_identical_weights(fingerprints: Tensor, images_seen: int) -> None:
         outliers = [str(rank) for rank, value in enumerate(values) if value != majority or count == 1]
         raise UserError(
             f"ranks differ in their weights after {images_seen} images: rank {', '.join(outliers)}; no checkpoint was saved. "
-            "Run the same command again to resume from the last checkpoint. If it happens again, suspect faulty memory or a "
-            "faulty GPU there"
+            "Run the same command again to resume from the last checkpoint. If it happens again, the memory or "
+            "the GPU of this rank may be faulty"
         )
 
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Returns an int64 scalar that changes, in practice, if any bit of an fp32 tensor changes."""
+    """Returns a hash of the bits of an fp32 tensor, an int64 scalar."""
     return _hash(tensor.contiguous().view(torch.int32).flatten())
 
 

@@ -1,4 +1,4 @@
-"""The rank of this process and the collectives that evaluation needs."""
+"""The rank of this process and the collectives that evaluation uses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among all ranks; by default a single process.
+    """Rank, world size and collectives; by default those of a single process.
 
     Attributes:
         rank: Rank of this process.
         world_size: Number of ranks.
         all_reduce_sum: Sums a tensor over all ranks.
         gather: Concatenates the rows of all ranks in rank order.
-        heartbeat: Reports progress to the watchdog. All ranks call it at the same places.
+        heartbeat: Reports progress to the watchdog. All ranks must call it in the same places.
     """
 
     rank: int = 0
@@ -30,7 +30,7 @@ class DistContext:
 
     @staticmethod
     def from_accelerator(accelerator: "Accelerator") -> "DistContext":
-        """Returns the context of the ranks that were launched together."""
+        """Returns the context of an accelerator's process group."""
         return DistContext(
             accelerator.process_index,
             accelerator.num_processes,

@@ -1,4 +1,4 @@
-"""Starts the process group: device, precision, and a check of the number of processes."""
+"""Initializes the process group, the device and the precision."""
 
 import argparse
 import contextlib
@@ -45,14 +45,14 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         tune_malloc()
     hook = DDPCommunicationHookType.BF16 if config.grad_reduce_dtype == "bf16" else DDPCommunicationHookType.NO
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=hook)
-    # Longer than the timeout of the watchdog, which names the rank at fault and allows for compilation.
+    # Longer than the timeout of the watchdog, which names the faulty rank and does not count compilation.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=max(1.5 * config.timeout, MAX_COMPILE_SKEW)))
     mixed_precision = precision if precision in ("bf16", "fp16") else "no"
     accelerator = Accelerator(cpu=not use_gpu, mixed_precision=mixed_precision, kwargs_handlers=[ddp, group])
     expected = max(int(os.environ.get("WORLD_SIZE", 1)), _requested_processes())
     if accelerator.num_processes != expected:
         raise UserError(
-            f"accelerate launch was asked for {expected} processes but this is one of {accelerator.num_processes}; on "
+            f"{expected} processes were requested, but accelerate launch started {accelerator.num_processes}; on "
             "CPUs use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_machines 1 --num_processes "
             f"{expected} ...` (--cpu silently starts a single process)"
         )
@@ -94,10 +94,8 @@ def resolve_precision(precision: str) -> str:
 
 
 def _requested_processes() -> int:
-    """Returns the number of processes requested from `accelerate launch`, the parent process; 1 without it.
-
-    Without a GPU, the launcher may ignore the number silently, and no environment variable contains it.
-    """
+    """Returns the number of processes requested from `accelerate launch`, the parent process; 1 without it."""
+    # Without a GPU, the launcher may silently ignore the number, and no environment variable contains it.
     try:
         command = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
@@ -107,7 +105,7 @@ def _requested_processes() -> int:
         return 1
     # The launcher's options precede the program.
     arguments = itertools.takewhile(
-        lambda word: word not in ("-m", "--module") and not word.endswith(".py"), command[launcher + 1 :]
+        lambda argument: argument not in ("-m", "--module") and not argument.endswith(".py"), command[launcher + 1 :]
     )
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)

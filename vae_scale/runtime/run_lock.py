@@ -1,4 +1,4 @@
-"""Resuming a run: exclusive access to its folder, and options that cannot change."""
+"""Exclusive access to a run's folder, and a check of options that cannot change on resume."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def acquire_run_lock(folder: Path, is_main: bool, device: torch.device) -> FileL
         except Timeout:
             acquired = False
     if not int(broadcast(torch.tensor(int(acquired), device=device))):
-        raise UserError(f"{folder}: is being trained by another process; stop that one, or choose another --run")
+        raise UserError(f"{folder}: is being trained by another process; stop it or choose another --run")
     return lock
 
 
@@ -35,7 +35,7 @@ def diff_config(saved: dict[str, Any], current: dict[str, Any], folder: Path) ->
     """Returns the differences between a checkpoint's configuration and the current one, as `key old -> new`.
 
     Raises:
-        UserError: if an option differs that cannot change.
+        UserError: if an option that cannot change differs.
     """
     fixed = {"seed"} | {f"model.{name}" for name in current["model"]} | {f"data.{name}" for name in DATA_ORDER_OPTIONS}
     if current["prior"]["vae"] is not None:

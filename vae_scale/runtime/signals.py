@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DELAY_STEPS = 4  # steps after which a reduced flag is read, so that the host never waits for the device
-PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # sent by cluster managers, which restart the run
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # sent by cluster managers
 INTERRUPT_FLAG, PREEMPTION_FLAG = 1.0, 1000.0
 
 
@@ -16,11 +16,11 @@ class SignalHandler:
     """Handles SIGTERM, SIGUSR1 and SIGINT on all ranks.
 
     At each step, the caller sums `local_flag` over all ranks and passes the result to `update`, which evaluates the sum of
-    `DELAY_STEPS` steps ago. Therefore all ranks stop after the same step.
+    `DELAY_STEPS` steps ago, so all ranks stop after the same step.
 
     Attributes:
         should_stop: Whether to stop after this step.
-        preempted: Whether a cluster manager requested it, rather than the user.
+        preempted: Whether a cluster manager, not the user, requested the stop.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class SignalHandler:
         return torch.full((1,), self._flag, device=self._device)
 
     def update(self, total: Tensor) -> None:
-        """Stores the sum of all ranks' flags at this step, [1], and evaluates the one of `DELAY_STEPS` steps ago."""
+        """Stores the sum of all ranks' flags at this step, [1], and evaluates the sum of `DELAY_STEPS` steps ago."""
         slot = self._step % DELAY_STEPS
         if self._step >= DELAY_STEPS:
             if self._events:

@@ -1,4 +1,4 @@
-"""Detects hangs: ends all ranks when none makes progress and names the rank that the others wait for."""
+"""Detects hangs: ends all ranks if none makes progress, and reports the rank that blocks the others."""
 
 import contextlib
 import itertools
@@ -24,8 +24,8 @@ class Heartbeat:
 
     Attributes:
         number: Number of this heartbeat.
-        progress: Number of calls of `HangWatchdog.heartbeat`, equal on all ranks at the same place in the program.
-        location: Where the rank is.
+        progress: Number of calls of `HangWatchdog.heartbeat`, equal on all ranks at the same point of the program.
+        location: Current operation of the rank.
         process: Process id and host.
         compiling: Number of heartbeats while compiling, which count as progress.
     """
@@ -40,8 +40,8 @@ class Heartbeat:
 class HangWatchdog(contextlib.AbstractContextManager["HangWatchdog"]):
     """Ends this process if no rank makes progress for `timeout` seconds.
 
-    Within the context, a thread of each rank publishes heartbeats in the launcher's TCPStore. It also works while the main
-    thread is blocked in a collective. A single process is not watched.
+    Within the context, a thread of each rank publishes heartbeats in the launcher's TCPStore, even while the main thread is
+    blocked in a collective. A single process is not monitored.
 
     Args:
         rank: Rank of this process.
@@ -63,7 +63,7 @@ class HangWatchdog(contextlib.AbstractContextManager["HangWatchdog"]):
         self._read_store: TCPStore | None = None
 
     def heartbeat(self, location: str) -> None:
-        """Records progress: this rank is at `location` now."""
+        """Records progress: this rank starts the operation `location`."""
         self._last = replace(self._last, progress=self._last.progress + 1, location=location)
 
     def set_compiling(self, active: bool) -> None:
@@ -128,7 +128,7 @@ class HangWatchdog(contextlib.AbstractContextManager["HangWatchdog"]):
             self._publish_store = None
 
     def _read_heartbeats(self) -> dict[int, Heartbeat]:
-        """Returns the last heartbeat of each rank, none if the store does not respond."""
+        """Returns the last heartbeat of each rank, or an empty dict if the store does not respond."""
         heartbeats: dict[int, Heartbeat] = {}
         store = self._read_store
         if store is None or self._publish_store is None:
@@ -152,7 +152,7 @@ def _has_progressed(before: Heartbeat, now: Heartbeat) -> bool:
 
 
 def diagnose_hang(before: dict[int, Heartbeat], now: dict[int, Heartbeat], world_size: int) -> str:
-    """Returns which ranks the others wait for, from two readings of the heartbeats."""
+    """Returns a description of the ranks that block the others, from heartbeats read at two times."""
     if not now:
         return "the launcher's store does not respond, so the cause is unknown"
 

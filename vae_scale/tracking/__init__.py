@@ -1,1 +1,1 @@
-"""What a person sees of a run: metrics, pictures, the terminal."""
+"""Experiment tracking: metrics, events, images and terminal output."""

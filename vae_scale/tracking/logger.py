@@ -7,10 +7,10 @@ Metrics = Mapping[str, float | list[float]]
 
 
 class Logger:
-    """Base class of the experiment loggers. Its own methods do nothing.
+    """Base class of the experiment loggers. Its methods do nothing.
 
     Attributes:
-        run_id: Identifier that a resumed run needs to continue the same curves; None if there is none.
+        run_id: Identifier with which a resumed run continues the same curves, or None.
     """
 
     run_id: str | None = None

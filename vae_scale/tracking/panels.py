@@ -1,4 +1,4 @@
-"""The charts of the metrics, in reading order. The report and the wandb workspace show the same ones."""
+"""The charts of the metrics, in reading order, shared by the report and the wandb workspace."""
 
 # Section -> title -> metrics that share a chart.
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -22,14 +22,14 @@ METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
 class Tracker:
-    """Records what happens in a run. Only rank 0 has one.
+    """Records the metrics, events and images of a run. Created on rank 0 only.
 
     Args:
         config: Configuration of the run.
         images_seen: Start of this segment; later lines of `metrics.jsonl`, written before the run was resumed, are removed.
         run_id: Identifier of the logger's run to resume; None for a new one.
         metadata: Values for the logger to record beside the configuration.
-        terminal: Where metrics and events are printed.
+        terminal: Prints metrics and events.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """Identifier to resume the logger's run with."""
+        """Identifier with which the logger's run can be resumed."""
         return self._logger.run_id
 
     def log_metrics(self, images_seen: int, metrics: Metrics) -> None:
@@ -56,7 +56,7 @@ class Tracker:
         """Records an event. Thread-safe.
 
         Args:
-            images_seen: When it happened.
+            images_seen: Images seen at the time of the event.
             kind: started, resumed, skipped_steps, straggler, replaced_images, checkpoint_failed, stopped, failed or finished.
             text: One line.
         """

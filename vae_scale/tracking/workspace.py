@@ -9,7 +9,7 @@ IMAGES = {"Samples": "samples/samples", "Held-out images and their reconstructio
 
 
 def build_workspace(entity: str, project: str) -> workspaces.Workspace:
-    """Returns the workspace of a project, not yet saved: the charts of `CHARTS` and the images.
+    """Returns an unsaved workspace of a project with the charts of `CHARTS` and the images.
 
     Args:
         entity: User or team.

@@ -1,1 +1,1 @@
-"""The training loop and what it optimizes."""
+"""The training loop, objectives, optimizer step and checkpoints."""

@@ -28,12 +28,12 @@ NamedTensors = Iterator[tuple[str, Tensor]]
 
 @dataclass
 class ResumeState:
-    """The state that a run starts with.
+    """The state from which training starts.
 
     Attributes:
         images_seen: Images seen so far.
         shuffle_window: Shuffle window of the run, even if its shards have moved since; None for a new run.
-        wandb_id: Identifier of the tracker's run.
+        wandb_id: Id of the wandb run.
         metric_sums: State of the metric accumulator.
         optimizer: Tensors of the optimizer.
     """
@@ -50,10 +50,11 @@ def resume(
 ) -> ResumeState:
     """Loads the newest valid checkpoint, if any, into the model, its average and the loss scaler. All processes must call it.
 
-    A batch size of "auto" is set to that of the checkpoint.
+    A batch size of "auto" is replaced by the batch size of the checkpoint.
 
     Raises:
-        UserError: If the checkpoint has other shards, another network, or other values of options that cannot change.
+        UserError: if the checkpoint was trained on other shards, with another network, or with other values of options that
+            cannot change.
     """
     newest = checkpoint.newest_checkpoint(config.run_dir) if accelerator.is_main_process else None
     # Rank 0 decides, so that all processes resume from the same checkpoint.
@@ -70,12 +71,16 @@ def resume(
     if state["shards"] != train_set.fingerprint:
         raise UserError(f"{folder}: was trained on other shards than {train_set.location}; choose another --run")
     if mismatch := checkpoint.first_mismatch(trainable_parameters(model), tensors["optimizer"]):
-        raise UserError(f"{folder}: optimizer.safetensors has no {mismatch} of this network; delete it to use the one before")
+        raise UserError(
+            f"{folder}: optimizer.safetensors has no matching {mismatch}; delete the checkpoint to use the previous one"
+        )
     try:
         model.load_state_dict(tensors["model"])
         ema.model.load_state_dict(tensors["ema"])
     except RuntimeError as error:
-        raise UserError(f"{folder}: not of this network ({one_line(error):.200}); delete it to use the one before") from None
+        raise UserError(
+            f"{folder}: does not match this network ({one_line(error):.200}); delete it to use the previous one"
+        ) from None
     if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     terminal.print_message(f"resuming {config.run_dir} at {images_seen:,} images")
@@ -92,15 +97,17 @@ def save(
     state: dict[str, Any],
     accelerator: Accelerator,
 ) -> None:
-    """Writes a checkpoint in the background, after checking that all processes have the same weights. All must call it.
+    """Writes a checkpoint in the background, after checking that all processes have the same weights.
+
+    All processes must call it.
 
     Args:
         writer: Writer of rank 0.
         images_seen: Images seen so far.
         model: The model.
-        tensors: Named tensors by file, in addition to those of the model. Sharded ones are gathered one by one.
+        tensors: Named tensors by file, in addition to those of the model. Sharded tensors are gathered one at a time.
         state: Values for state.json.
-        accelerator: Of this process.
+        accelerator: The accelerator of this process.
     """
     fingerprints: list[Tensor] = []
     tensors = {"model": _gathered(model, fingerprints), **tensors}

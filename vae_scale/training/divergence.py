@@ -1,4 +1,4 @@
-"""The error of a run that skips all steps."""
+"""The error that ends a run if too many steps in a row are skipped."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ SKIP_REASON = "gradients not finite, or their norm above optimizer.skip_threshol
 
 
 def divergence_error(stats: IntervalStats, stream: Stream, run_dir: Path, is_main_process: bool) -> UserError:
-    """Returns an error with the first skipped batch and the newest checkpoint; lists that batch in skipped_steps.json."""
+    """Returns an error with the first skipped batch and the newest checkpoint; rank 0 writes skipped_steps.json."""
     first, skips = stats.first_skip, stats.consecutive_skips
     images = stream.shards.sample_names(stream.plan.rows(first))
     path = run_dir / "skipped_steps.json"
@@ -22,6 +22,6 @@ def divergence_error(stats: IntervalStats, stream: Stream, run_dir: Path, is_mai
     return UserError(
         f"{skips} steps in a row were skipped, from step {first // stream.plan.batch + 1:,} (image {first:,}) on: "
         f"{SKIP_REASON}; lower optimizer.lr or use train.precision fp32, and run again: training resumes from "
-        f"{checkpoints[-1] if checkpoints else 'the start, as there is no checkpoint yet'}. The first skipped batch contains "
-        f"{', '.join(images[:3])}, ... (all in {path})"
+        f"{checkpoints[-1] if checkpoints else 'the start, because there is no checkpoint'}. The first skipped batch contains "
+        f"{', '.join(images[:3])}, ... (complete list: {path})"
     )

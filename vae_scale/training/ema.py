@@ -26,7 +26,7 @@ class EMA:
 
     @torch.no_grad()
     def attach(self, model: VAE) -> None:
-        """Averages the weights of `model` from now on. If these are sharded, each process averages its local shards."""
+        """Averages the weights of `model` from now on. If they are sharded, each process averages its local shards."""
         parameters: list[Tensor] = list(model.parameters())
         self._parameters: list[Tensor] = list(self.model.parameters())
         self._is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
@@ -40,7 +40,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Averages in the weights after optimizer step `step` (1, 2, ...). The decay is smaller in the first steps."""
+        """Updates the average after optimizer step `step` (1, 2, ...). The decay is smaller in the first steps."""
         if not self._decay:
             return
         decay = min(self._decay, (1 + step) / (10 + step))

@@ -40,7 +40,7 @@ class IntervalStats:
         steps_taken: Number of steps taken.
         steps_skipped: Number of steps skipped.
         consecutive_skips: Number of the most recent steps that were skipped in a row.
-        first_skip: Images seen before the first of these.
+        first_skip: Images seen before the first of these steps.
     """
 
     means: dict[str, float]
@@ -54,7 +54,7 @@ class MetricAccumulator:
     """Sums metrics over steps on the device. Only `compute` and `state_dict` synchronize with it.
 
     Args:
-        device: Where metrics are.
+        device: Device of the metrics.
         state: `state_dict` of the accumulator to resume; empty for a new one.
     """
 
@@ -64,10 +64,10 @@ class MetricAccumulator:
         self._skips = torch.zeros(2, dtype=torch.int64, device=device)  # consecutive skips, images seen before the first
 
     def update(self, metrics: Mapping[str, Tensor], is_taken: Tensor, images_seen: int) -> None:
-        """Adds the metrics of a step, which count only if it was taken.
+        """Adds the metrics of a step. The metrics of a skipped step are ignored.
 
         Args:
-            metrics: Scalars, the same names at each step.
+            metrics: Scalars by name, the same names in each step.
             is_taken: Whether the step was taken: a boolean scalar.
             images_seen: Images seen before the step.
         """

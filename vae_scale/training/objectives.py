@@ -84,11 +84,12 @@ class ELBO(Objective):
     def adversarial_terms(self, x: Tensor, terms: ELBOTerms) -> tuple[Tensor, Tensor]:
         """Returns the adversarial loss of the decoder and the hinge loss of the discriminator (Lim & Ye, 2017).
 
-        The decoder's terms are the discriminator's logits and the distance of its features of the reconstruction and the image
-        (Larsen et al., 2016, eq. 5). Each is scaled so that its gradient has `adversarial_weight` or `feature_matching_weight`
-        times the norm of the reconstruction's gradient: the adaptive weight of Esser et al. (2021, eq. 7), but for each image
-        and at the decoder's output, so that it does not depend on the batch and needs no second backward pass. Everything is
-        computed in fp32: the inner gradients are not scaled, and would underflow or overflow in fp16.
+        The decoder's terms are the negative logits of the reconstruction, and the distance between the discriminator's features
+        of the reconstruction and of the image (Larsen et al., 2016, eq. 5). Each is scaled so that its gradient has
+        `adversarial_weight` or `feature_matching_weight` times the norm of the likelihood's gradient. This is the adaptive
+        weight of Esser et al. (2021, eq. 7), but for each image and at the decoder's output, so that it does not depend on the
+        batch and needs no second backward pass. Everything is computed in fp32: the inner gradients are not scaled, and would
+        underflow or overflow in fp16.
         """
         assert self.model.discriminator is not None
         reconstruction = self.model.likelihood.mean(terms.output.float())
@@ -120,7 +121,7 @@ class FlowMatching(Objective):
     """Mean squared error of the flow's velocity (Liu et al., 2023, eq. 1), in units of normalized latents."""
 
     def forward(self, images: Tensor, random_inputs: Tensors) -> tuple[Tensor, Tensors]:
-        """Returns the loss, and `loss` as metric.
+        """Returns the loss and the metric `loss`.
 
         Args:
             images: uint8 [b, h, w, 3].
@@ -130,7 +131,7 @@ class FlowMatching(Objective):
         return loss, {"loss": loss.detach()}
 
     def velocity_error(self, x: Tensor, random_inputs: Tensors) -> Tensor:
-        """Returns the error of each image: [b].
+        """Returns the mean squared error for each image: [b].
 
         Args:
             x: [b, 3, h, w] in [-1, 1].

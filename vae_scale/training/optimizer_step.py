@@ -44,7 +44,7 @@ class OptimizerStep:
 
         Args:
             lr: Learning rate.
-            timer: Entered around the part without communication.
+            timer: Context manager for the part without communication.
 
         Returns:
             The gradient norm before clipping, and whether the step was taken: scalars.
@@ -66,13 +66,13 @@ class OptimizerStep:
         return grad_norm, is_taken
 
     def tensors(self, named_parameters: Iterable[tuple[str, Parameter]]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the optimizer state of parameters, named as in `exp_avg.NAME`."""
+        """Yields names, such as `exp_avg.NAME`, and values of the optimizer state of parameters."""
         for name, parameter in named_parameters:
             for key, value in self.adamw.state[parameter].items():
                 yield f"{key}.{name}", value
 
     def load(self, named_parameters: Iterable[tuple[str, Parameter]], tensors: dict[str, Tensor]) -> None:
-        """Restores the optimizer state that `tensors` yielded."""
+        """Restores the optimizer state that `OptimizerStep.tensors` yielded."""
         for name, parameter in named_parameters:
             state = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             self.adamw.state[parameter] = {

@@ -1,4 +1,4 @@
-"""Functions that build the parts of a training run from its configuration."""
+"""Builds the components of a training run from its configuration."""
 
 import math
 import warnings
@@ -32,7 +32,9 @@ def open_datasets(config: Config, terminal: Terminal) -> tuple[ShardSet, ShardSe
     splits = ", ".join(f"{name} {count:,}" for name, count in train_set.splits.items())
     terminal.print_message(f"training on {splits}; {len(test_set):,} images of {config.data.test} held out")
     if not shards.storage.is_local:
-        terminal.print_message(f"fetching shards from {shards.location}; the first step waits for the first ones")
+        terminal.print_message(
+            f"fetching shards from {shards.location}; the first step starts after the first shards have arrived"
+        )
     return train_set, test_set
 
 
@@ -63,10 +65,10 @@ def wrap_objective(objective: Objective, config: Config, accelerator: Accelerato
 
 
 def compile_objective(objective: Any, config: Config, device: torch.device) -> Any:
-    """Returns the objective compiled as `train.compile` selects."""
+    """Returns the objective compiled according to `train.compile`."""
     mode, is_gpu = config.train.compile, device.type == "cuda"
     if mode == "cuda_graphs" and (not is_gpu or sharding.fsdp_enabled()):
-        raise UserError("train.compile cuda_graphs needs a GPU, and weights that are not sharded; use train.compile on")
+        raise UserError("train.compile cuda_graphs requires a GPU and unsharded weights; use train.compile on")
     if mode == "off" or (mode == "auto" and not is_gpu):
         return objective
     return compiling.compile_function(objective, cuda_graphs=mode == "cuda_graphs")
@@ -75,7 +77,7 @@ def compile_objective(objective: Any, config: Config, device: torch.device) -> A
 def build_stream(
     config: Config, train_set: ShardSet, dist: DistContext, device: torch.device, images_seen: int, window: int
 ) -> Stream:
-    """Returns the stream of this process's parts of the global batches from `images_seen` on."""
+    """Returns the stream of this process's part of each global batch, starting after `images_seen` images."""
     return Stream(
         train_set,
         config.train.global_batch_size,
@@ -94,7 +96,7 @@ def build_stream(
 def create_tracker(
     config: Config, stage: Stage, images_seen: int, run_id: str | None, metadata: dict[str, Any], terminal: Terminal
 ) -> Tracker:
-    """Returns the tracker of rank 0 and logs the start of the run."""
+    """Returns the tracker of rank 0, after logging the start of the run."""
     parameters = sum(parameter.numel() for parameter in stage.model.parameters())
     tracker = Tracker(config, images_seen, run_id, metadata | {"parameters": parameters}, terminal)
     kind = "resumed" if images_seen else "started"

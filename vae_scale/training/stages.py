@@ -30,7 +30,7 @@ from vae_scale.training.schedules import kl_weight
 
 
 class Stage(ABC):
-    """A model, its objective, and what the training loop needs to know about them.
+    """A model, its objective, and the hooks that the training loop calls.
 
     Attributes:
         model: The model, with the frozen weights of an earlier stage.
@@ -51,14 +51,14 @@ class Stage(ABC):
 
     @abstractmethod
     def format_metrics(self, means: Mapping[str, float], images_seen: int) -> tuple[dict[str, float], str]:
-        """Returns the metrics to log, and the text of the progress bar."""
+        """Returns the metrics to log and the text of the progress bar."""
 
     @abstractmethod
     def evaluate(self, model: VAE, test_set: ShardSet, batch: int, dist: DistContext) -> Mapping[str, float | list[float]]:
         """Returns metrics of `model`, the averaged model, on held-out images."""
 
     def fit_mixture(self, model: VAE, batch: int, dist: DistContext) -> None:
-        """Sets `model.mixture`, if the stage `fits_mixture`."""
+        """Fits and sets `model.mixture` if `fits_mixture` is true."""
         return
 
     def add_labels(self, random_inputs: Tensors, rows: Rows) -> Tensors:
@@ -74,7 +74,7 @@ class Stage(ABC):
         return [{"params": [parameter for _, parameter in trainable_parameters(self.model)]}]
 
     def on_step_end(self, metrics: Tensors, is_taken: Tensor) -> None:
-        """Called after each step with the metrics of the global batch, and whether the step was taken."""
+        """Called after each step with the metrics of the global batch and whether the step was taken."""
         return
 
     def _normal(self, images_seen: int, purpose: str, *shape: int) -> Tensor:
@@ -107,7 +107,7 @@ class VAEStage(Stage):
         self.model = build_model(config.model, train_set.image_shape[0])
         if config.objective.uses_discriminator:
             self.model.discriminator = Discriminator(config.objective.discriminator_width)
-        self.fits_mixture = not isinstance(self.model, HierarchicalVAE)  # whose prior is learned with it
+        self.fits_mixture = not isinstance(self.model, HierarchicalVAE)  # has a learned prior
         self.model.to(device).to(memory_format=torch.channels_last)
         self.objective = ELBO(self.model, config)
 
@@ -163,11 +163,11 @@ class VAEStage(Stage):
 
 
 class FlowStage(Stage):
-    """The second stage: a flow over the latents of a frozen VAE with averaged weights.
+    """The second stage: a flow over the latents of a frozen VAE with its averaged weights.
 
     Raises:
-        UserError: If the VAE does not exist, has a learned prior or other image size, or `prior.patch_size` does not divide its
-            latents.
+        UserError: if the VAE does not exist, has a learned prior or another image size, or `prior.patch_size` does not divide
+            the size of its latents.
     """
 
     def __init__(self, config: Config, device: torch.device, train_set: ShardSet, dist: DistContext) -> None:
@@ -206,7 +206,7 @@ class FlowStage(Stage):
         } | self._flips(images_seen, batch_size)
 
     def add_labels(self, random_inputs: Tensors, rows: Rows) -> Tensors:
-        """Adds the labels of the images, some of them dropped."""
+        """Adds the labels of the images, randomly dropped for classifier-free guidance (Ho & Salimans, 2022)."""
         assert self.model.flow is not None
         num_classes = self.model.flow.num_classes
         labels = self.labels[to_device(rows, self.device)]

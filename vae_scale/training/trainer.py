@@ -46,11 +46,11 @@ from vae_scale.training.stages import build_stage, trainable_parameters
 
 FIRST_PREVIEW = 256  # images before the first image grids
 REQUEUE_FILE = "requeue.json"  # in the run's folder: the job was preempted and should be restarted
-MAX_SKIPPED_STEPS = 30  # in a row; the search for the scale of fp16 skips fewer
+MAX_SKIPPED_STEPS = 30  # in a row; the initial search for the loss scale of fp16 skips fewer
 
 
 class Trainer:
-    """Trains one stage. The result is a function of the configuration; all schedules depend on the number of images seen.
+    """Trains one stage. Training is deterministic, and all schedules depend on the number of images seen.
 
     Attributes:
         images_seen: Images seen so far by all processes together.
@@ -107,10 +107,10 @@ class Trainer:
         self.start_interval()
 
     def run(self) -> None:
-        """Trains until `train.images` images were seen, or until a signal stops the run."""
+        """Trains until `train.images` images have been seen or a signal stops the run."""
         if self._is_finished():
-            seen = f"{self.config.run_dir} has seen {self.images_seen:,} images already"
-            self.terminal.print_message(f"{seen}; raise train.images to continue")
+            message = f"{self.config.run_dir} has already seen {self.images_seen:,} images; raise train.images to continue"
+            self.terminal.print_message(message)
         try:
             with (
                 self.signal_handler,
@@ -137,7 +137,7 @@ class Trainer:
         if self._should_stop():
             if self.signal_handler.preempted and self.is_main_process:
                 (self.config.run_dir / REQUEUE_FILE).write_text(json.dumps({"images_seen": self.images_seen}) + "\n")
-            self._log_event("stopped", "stopped by a signal, and saved; run the same command again to continue")
+            self._log_event("stopped", "stopped by a signal after saving a checkpoint; run the same command again to continue")
         else:
             self._log_event("finished", "finished")
         if self.tracker:
@@ -154,7 +154,7 @@ class Trainer:
                     return
 
     def train_iteration(self, batch: Batch) -> None:
-        """Takes a training step, then logs, evaluates and saves a checkpoint if due. A run that should stop only saves."""
+        """Takes a training step, then logs, evaluates and saves a checkpoint if due. If the run should stop, only saves."""
         self.watchdog.heartbeat(f"the step after {self.images_seen:,} images")
         self.train_step(batch)
         self.terminal.update(self.batch_size)
@@ -172,7 +172,7 @@ class Trainer:
         self.watchdog.heartbeat(f"the wait for the batch after {self.images_seen:,} images")
 
     def train_step(self, batch: Batch) -> None:
-        """Takes one optimizer step on a global batch, of which `batch` is this process's part."""
+        """Takes one optimizer step on a global batch. `batch` is this process's part of it."""
         metrics = self.compute_gradients(batch.images, self.random_inputs(batch), self.stage.schedule_values(self.images_seen))
         # Overlaps with the optimizer step.
         reduction = AsyncAllReduce(metrics, {"stop": self.signal_handler.local_flag()}, self.world_size)
@@ -207,7 +207,7 @@ class Trainer:
     def random_inputs(self, batch: Batch) -> Tensors:
         """Returns this process's part of the random inputs of the global batch, which do not depend on the world size.
 
-        On GPUs this holds for GPUs of one model (see `vae_scale.randomness`).
+        On GPUs, all GPUs must be of the same model (see `vae_scale.randomness`).
         """
         local_batch_size = self.batch_size // self.world_size
         part = slice(self.rank * local_batch_size, (self.rank + 1) * local_batch_size)
@@ -215,7 +215,7 @@ class Trainer:
         return self.stage.add_labels({name: values[part] for name, values in random_inputs.items()}, batch.rows)
 
     def log(self) -> None:
-        """Logs means over the steps since the last call. Only here the loop synchronizes with the device."""
+        """Logs means over the steps since the last call. Other steps do not synchronize with the device."""
         start, images_before = self._interval_start
         stats = self.metrics.compute()
         if stats.steps_skipped:
@@ -345,5 +345,5 @@ def _memory_bytes(device: torch.device) -> float:
 
 
 def train(config: Config) -> None:
-    """Trains as configured in the run's folder, from its newest checkpoint if there is one."""
+    """Trains in the run's folder, and resumes from its newest checkpoint if there is one."""
     Trainer(config).run()

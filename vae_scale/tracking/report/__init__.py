@@ -1,1 +1,1 @@
-"""Runs as a page that anyone can open."""
+"""HTML reports of runs."""

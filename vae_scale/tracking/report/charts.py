@@ -37,8 +37,8 @@ def metric_charts(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     """Returns the charts by section: those of `CHARTS` for which a run has metrics, and one per other metric."""
     sections = {section: {title: list(metrics) for title, metrics in charts.items()} for section, charts in CHARTS.items()}
     known = {metric for charts in CHARTS.values() for metrics in charts.values() for metric in metrics}
-    others = sorted({metric for run in runs for metric in run.curves} - known)
-    sections["Other"] = {metric: [metric] for metric in others}
+    unlisted = sorted({metric for run in runs for metric in run.curves} - known)
+    sections["Other"] = {metric: [metric] for metric in unlisted}
     charts = {}
     for section, titles in sections.items():
         drawn = [_metric_chart(title, metrics, runs, section == "Performance") for title, metrics in titles.items()]
@@ -82,7 +82,7 @@ def _metric_chart(title: str, metrics: Sequence[str], runs: Sequence[Run], from_
 
 
 def downsample(curve: np.ndarray, max_points: int = MAX_POINTS) -> np.ndarray:
-    """Returns the lowest and the highest point of equal parts of a curve [n, 2], so that spikes stay, and the last point."""
+    """Reduces a curve [n, 2] to the minimum and maximum of equal intervals, which preserves spikes, and the last point."""
     if len(curve) <= max_points:
         return curve
     parts = np.array_split(np.arange(len(curve)), (max_points - 1) // 2)

@@ -1,4 +1,4 @@
-"""The HTML page of a report: one file that needs no network."""
+"""The self-contained HTML page of a report."""
 
 import base64
 import re
@@ -83,7 +83,7 @@ def _format_time(text: str) -> str:
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
-    """Returns (value, label) of the most important figures."""
+    """Returns (value, label) of the most important metrics."""
     summary = [(f"{run.images_seen:,}", f"of {int(run.config.get('train.images', 0)):,} images")]
     return summary + [
         (format(run.curves[metric][-1][1], style), label)

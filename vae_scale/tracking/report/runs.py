@@ -48,7 +48,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         UserError: a folder is given twice, or is not the folder of a run.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UserError(f"{', '.join(map(str, folders))}: name each run once")
+        raise UserError(f"{', '.join(map(str, folders))}: give each run only once")
     counts = Counter(folder.resolve().name for folder in folders)
     runs = []
     for folder in folders:
