@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import hypothesis
@@ -15,10 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from bad_server import Server
+from stl10_binaries import write_binaries
 
+from vae_scale.data import remote
 from vae_scale.data.cache import Cache
 from vae_scale.data.images import Images
-from vae_scale.data.stl10 import write_binaries
+from vae_scale.data.stream import Batch, Stream
 
 # The duration of an example depends on the load of the machine.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -54,6 +57,17 @@ def discs(count: int, seed: int) -> Images:
     return images
 
 
+def write_discs(folder: Path) -> Path:
+    """Writes discs as STL-10 binaries, with labels 0 to 9 in turn, and returns the folder."""
+    splits = {name: (discs(count, seed), [n % 10 for n in range(count)]) for seed, (name, count) in enumerate(COUNTS.items())}
+    return write_binaries(folder, splits, CLASSES)
+
+
+def take(stream: Stream, count: int) -> list[Batch]:
+    """Copies batches, because a batch is valid only until the next."""
+    return [Batch(batch.images.clone(), batch.rows, batch.num_replaced) for batch in islice(stream, count)]
+
+
 @pytest.fixture(autouse=True)
 def reset_accelerate() -> Iterator[None]:
     """Resets the state of Accelerate, which keeps the first precision of a process."""
@@ -65,12 +79,7 @@ def reset_accelerate() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of STL-10 binaries; its parent is a root folder for torchvision."""
-    folder = tmp_path_factory.mktemp("root") / "stl10_binary"
-    splits = {
-        name: iter([(discs(count, seed), [row % 10 for row in range(count)])])
-        for seed, (name, count) in enumerate(COUNTS.items())
-    }
-    write_binaries(folder, splits, CLASSES)
+    folder = write_discs(tmp_path_factory.mktemp("root") / "stl10_binary")
     folds = [list(range(start, COUNTS["train"], 10)) for start in range(10)]
     (folder / "fold_indices.txt").write_text("".join(" ".join(map(str, fold)) + "\n" for fold in folds))
     return folder
@@ -86,6 +95,21 @@ def shards(binaries: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def pixels() -> Images:
+    """The images of the splits train and unlabeled."""
+    return np.concatenate([discs(COUNTS["train"], 0), discs(COUNTS["unlabeled"], 2)])
+
+
+@pytest.fixture(scope="session")
+def small_binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three labelled and two unlabelled images as STL-10 binaries."""
+    folder = tmp_path_factory.mktemp("small") / "stl10_binary"
+    write_binaries(folder, {"train": (discs(3, 1), [0, 4, 9]), "unlabeled": (discs(2, 2), [])}, CLASSES)
+    (folder / "fold_indices.txt").write_text("0 1\n2\n")
+    return folder
+
+
 @pytest.fixture
 def server(shards: Path) -> Iterator[Server]:
     """A web server for the shards."""
@@ -98,3 +122,9 @@ def server(shards: Path) -> Iterator[Server]:
 def cache(tmp_path: Path) -> Cache:
     """An empty cache."""
     return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transfers are retried without delay."""
+    monkeypatch.setattr(remote, "RETRY_POLICY", remote.RetryPolicy(3, 0.01, 5.0))

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CLASSES, discs
+from conftest import discs
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stl10 import write_binaries
 from vae_scale.errors import UserError
 from vae_scale.pack import main as pack
 
@@ -124,13 +123,6 @@ def limit_memory(max_bytes: int = 64 * MIB) -> Iterator[None]:
         assert tracemalloc.get_traced_memory()[1] < max_bytes
     finally:
         tracemalloc.stop()
-
-
-def write_small_binaries(folder: Path) -> Path:
-    """Writes three labelled and two unlabelled images in STL-10's layout."""
-    write_binaries(folder, {"train": iter([(discs(3, 1), [0, 4, 9])]), "unlabeled": iter([(discs(2, 2), [-1, -1])])}, CLASSES)
-    (folder / "fold_indices.txt").write_text("0 1\n2\n")
-    return folder
 
 
 def read_all(folder: Path) -> np.ndarray:

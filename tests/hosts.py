@@ -3,8 +3,6 @@
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 REQUIRED_TOOLS = ("unshare", "nsenter", "setpriv", "ip", "mount", "hostname")
@@ -72,11 +70,3 @@ class Host:
         for process in [*self._programs, self._holder]:
             process.kill()
             process.wait()
-
-
-def wait_for(condition: Callable[[], object], seconds: float, describe: Callable[[], str] = str) -> None:
-    """Waits until a condition holds and fails with a description after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, describe()
-        time.sleep(0.1)

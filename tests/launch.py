@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,3 +60,11 @@ def losses(run: Path) -> dict[int, float]:
     """Returns the logged training loss by number of images."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["images"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120, describe: Callable[[], str] = str) -> None:
+    """Waits until a condition holds and fails with a description after `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, describe()
+        time.sleep(0.05)

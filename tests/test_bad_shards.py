@@ -5,14 +5,13 @@ import json
 import logging
 import os
 import shutil
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bad_server import Server
-from conftest import COUNTS, TINY, discs
+from conftest import COUNTS, TINY, discs, take
 
 from launch import train
 from vae_scale.config.parsing import parse
@@ -21,7 +20,7 @@ from vae_scale.data.cache import Cache
 from vae_scale.data.images import Images
 from vae_scale.data.reader import Reader
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stream import Batch, Stream
+from vae_scale.data.stream import Stream
 from vae_scale.errors import UserError
 from vae_scale.pack import main as pack
 from vae_scale.training.trainer import Trainer
@@ -41,18 +40,9 @@ def open_shards(folder: Path | str, on_bad_shard: str = "skip", cache: Cache | N
     return ShardSet.open(folder, cache, on_bad_shard=on_bad_shard).select("train", "unlabeled")
 
 
-def take(stream: Stream, count: int) -> list[Batch]:
-    return [Batch(batch.images.clone(), batch.rows, batch.num_replaced) for batch in islice(stream, count)]
-
-
 def replace_bad(rows: np.ndarray) -> np.ndarray:
     """Returns the rows that are read in place of `rows` if BAD is skipped."""
     return np.where((rows >= 25) & (rows < 50), 50 + (rows - 25) % 10, rows)
-
-
-@pytest.fixture(scope="module")
-def pixels() -> Images:
-    return np.concatenate([discs(COUNTS["train"], 0), discs(COUNTS["unlabeled"], 2)])
 
 
 def test_a_bad_shard_is_an_error_by_default(folder: Path) -> None:
@@ -120,8 +110,7 @@ def test_a_shard_with_an_undecodable_image_is_skipped(binaries: Path, tmp_path: 
     shard_set, images = open_shards(tmp_path), discs(COUNTS["train"], 0)
     with Reader(shard_set) as reader:
         reader.prefetch(range(3))
-        out = np.empty((60, 96, 96, 3), np.uint8)
-        reader.gather(np.arange(60), out)
+        out = reader.gather(np.arange(60))
     expected = np.concatenate([images[:20], images[40:60], images[40:60]])
     assert np.array_equal(out, expected)
     assert np.array_equal(shard_set.load_images(np.arange(15, 45)), expected[15:45])

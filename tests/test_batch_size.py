@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from launch import train, train_options
 from vae_scale.config.parsing import parse
@@ -54,37 +52,37 @@ def test_batch_size_on_the_host_follows_available_memory(monkeypatch: pytest.Mon
 def test_saved_bytes_grow_with_the_batch_and_not_with_the_weights() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1000, 1000), torch.nn.Tanh())
     two, four, six = (
-        batch_size._saved_bytes(lambda count: model(torch.zeros(count, 1000)).sum(), count) for count in (2, 4, 6)
+        batch_size._saved_bytes(lambda images: model(torch.zeros(images, 1000)).sum().backward(), images)
+        for images in (2, 4, 6)
     )
     assert four - two == six - four == 2 * 2 * 1000 * 4  # input and output, fp32
 
 
-@given(
-    weights=st.integers(0, 10**9),
-    bytes_per_image=st.integers(1, 10**8),
-    available=st.integers(0, 10**11),
-    smallest=st.integers(1, 5),
-    error=st.floats(0.5, 2),
-)
-def test_largest_batch_is_found_despite_a_wrong_prediction(
-    weights: int, bytes_per_image: int, available: int, smallest: int, error: float
-) -> None:
-    counts = [smallest * 2**power for power in range(12)]
+@pytest.mark.parametrize("most", [0, 1, 5, 12, 24, 40, 10**9])
+def test_batch_size_on_a_gpu_is_the_largest_that_trains(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fractions, tried = torch.nn.Linear(1000, 1), [], []
+    for name, value in {"mem_get_info": (10**6, 2 * 10**6), "memory_reserved": 0, "memory_allocated": 0}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction))
+    monkeypatch.setattr(torch, "tensor", lambda values, device, tensor=torch.tensor: tensor(values))
 
-    def can_train(count: int) -> bool:
-        return weights + count * bytes_per_image <= available
+    def loss_fn(images: int) -> torch.Tensor:
+        tried.append(images)
+        if images > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return model(torch.zeros(images, 1000)).sum()
 
-    def measure_peak(count: int) -> int:
-        return int(weights + count * bytes_per_image * error)
+    def find() -> int:
+        return batch_size.find_batch_size(loss_fn, model.parameters(), torch.device("cuda"), 6, 200, 2, SINGLE_PROCESS)
 
-    probe = next(count for count in counts if count >= batch_size.MIN_PROBE_IMAGES)
-    result = batch_size.find_max_images(counts, can_train, measure_peak, probe, available)
-    largest = max(filter(can_train, counts), default=0)
-    assert result == 0 or can_train(result)
-    if error <= 1 or largest < 2 * probe:
-        assert result == largest
+    if most < 3:
+        with pytest.raises(UserError, match="not even 6 images fit"):
+            find()
     else:
-        assert result >= largest // 4
+        assert find() == {5: 6, 12: 24, 24: 48, 40: 48, 10**9: 192}[most]
+        assert max(tried) <= 96
+    assert fractions == [pytest.approx(0.45, abs=0.01), 1.0]
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ from pathlib import Path
 import compare_loaders
 import numpy as np
 import pytest
+import step_parts
 import torch
 from compare_loaders import check_peer, shuffle_quality
 from conftest import TINY
 from loader_peers import Peer
 from torch import Tensor, nn
 
-from vae_scale.bench import main, parse_args
+from vae_scale.bench import main, parse_training_options
 from vae_scale.benchmark import data, measuring, training
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
@@ -27,11 +28,10 @@ def test_data_report_is_printed_and_written(
     main(["data", "--shards", str(shards), "--batch=16", "--repeats=2", "--json", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ratios"]["of_gather_limit"] > 0
-    names = {row["name"] for row in report["rows"]}
-    assert names >= {f"{data.LIMIT}, 1 thread", "vae_scale, npy", "webdataset", "torchvision"}
+    assert set(report["speeds"]) == {data.LIMIT, "vae_scale, npy", "webdataset", "torchvision"}
     assert set(report["ratios"]) == {"of_gather_limit", "over_webdataset", "over_torchvision"}
-    assert all(len(row["runs"]) == 2 and min(row["runs"]) > 0 for row in report["rows"])
-    assert report["machine"]["torch"] == torch.__version__
+    assert all(len(runs) == 2 and min(runs) > 0 for runs in report["speeds"].values())
+    assert torch.__version__.startswith(report["machine"]["torch"])
     assert "of_gather_limit" in capsys.readouterr().out
 
 
@@ -44,8 +44,7 @@ def test_all_loaders_are_compared(shards: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_bare_step_unscales_gradients(shards: Path) -> None:
-    config = parse_args(["step", f"--data.shards={shards}", *TINY])[1]
-    assert config is not None
+    config = parse_training_options([f"--data.shards={shards}", *TINY])
     moments = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         with training.open_trainer(config) as measured:
@@ -99,44 +98,25 @@ def test_too_few_images_are_refused(shards: Path, capsys: pytest.CaptureFixture[
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short runs on small matrices."""
     monkeypatch.setattr(training, "SECONDS", 0.2)
-    monkeypatch.setattr(measuring, "CEILING_SECONDS", 0.02)
-    monkeypatch.setattr(measuring, "SIZES", {"cpu": (256, 512)})
-    monkeypatch.setattr(measuring, "COPY_BYTES", {"cpu": 2**24})
+    monkeypatch.setattr(measuring, "SIDES", {"cpu": 256})
 
 
 @pytest.mark.usefixtures("quick")
-def test_trainer_and_parts_of_its_step_are_measured(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [
-        f"--data.shards={shards}",
-        *TINY,
-        f"--run={tmp_path / 'run'}",
-        "--train.gradient_accumulation_steps=2",
-        "--optimizer.max_grad_norm=0.5",
-    ]
+def test_the_trainer_is_compared_with_its_step(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--data.shards={shards}", *TINY, f"--run={tmp_path / 'run'}", "--optimizer.max_grad_norm=0.5"]
     main(["train", *options, "--repeats=2", "--json", str(tmp_path / "report.json"), "--profile", str(tmp_path / "traces")])
     report = json.loads((tmp_path / "report.json").read_text())
-    names = [training.STEP, training.TRAIN, training.SAVING]
-    assert [row["name"] for row in report["rows"]] == [measuring.MATRIX, measuring.COPY, *names]
-    assert all(len(row["runs"]) == 2 and min(row["runs"]) > 0 for row in report["rows"])
+    assert list(report["speeds"]) == [training.STEP, training.TRAIN]
+    assert all(len(runs) == 2 and min(runs) > 0 for runs in report["speeds"].values())
     ratios = report["ratios"]
     assert 0 < ratios["mfu"] < 1.5
     assert 0.1 < ratios["train_over_step"] < 1.5
     assert 0 <= ratios["data_wait"] < 1
-    parts = {part["name"]: part for part in report["parts"]}
-    part_names = {"data wait", "draws", "forward", "backward", "clip and optimizer", "EMA", "logging", "checkpoint stall"}
-    assert set(parts) == part_names | {"other"}
-    assert all(parts[name]["ms_each"] > 0 for name in part_names)
-    assert parts["forward"]["ms_per_step"] == pytest.approx(2 * parts["forward"]["ms_each"])  # two microbatches
-    assert parts["logging"]["ms_per_step"] == pytest.approx(parts["logging"]["ms_each"] / 5)
-    assert parts["checkpoint stall"]["ms_per_step"] == pytest.approx(parts["checkpoint stall"]["ms_each"] * 12 / 500_000)
     assert report["batch"] == 12
     assert report["precision"] == "fp32"
-    assert report["peak_memory_bytes"] > 2**20
     assert json.loads((tmp_path / "traces" / "train.json").read_text())["traceEvents"]
     assert not (tmp_path / "run").exists()
-    output = capsys.readouterr().out
-    assert "train_over_step" in output
-    assert "checkpoint stall" in output
+    assert "train_over_step" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick")
@@ -144,20 +124,31 @@ def test_step_report_has_no_trainer(shards: Path, tmp_path: Path, capsys: pytest
     main(["step", f"--data.shards={shards}", *TINY, "--repeats=1", "--json", str(tmp_path / "report.json")])
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["ratios"]) == {"mfu"}
-    assert report["parts"] == []
+    assert set(report["speeds"]) == {training.STEP}
     assert "training step" in capsys.readouterr().out
 
 
-def test_measuring_the_step_does_not_change_the_weights(shards: Path, tmp_path: Path) -> None:
-    config = parse_args(["train", f"--data.shards={shards}", *TINY, f"--run={tmp_path}", "--track.tracker=none"])[1]
-    assert config is not None
-    with training.MeasuredTrainer(training.Trainer(config)) as measured:
+@pytest.mark.usefixtures("quick")
+def test_parts_of_a_step_are_measured(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--data.shards={shards}", *TINY, "--train.gradient_accumulation_steps=2"]
+    step_parts.main([*options, "--json", str(tmp_path / "parts.json")])
+    parts = json.loads((tmp_path / "parts.json").read_text())["parts"]
+    names = {"data wait", "random inputs", "forward", "backward", "clip and optimizer", "EMA", "logging", "checkpoint stall"}
+    assert set(parts) == names | {"other"}
+    assert all(parts[name]["ms_each"] > 0 for name in names)
+    assert parts["forward"]["ms_per_step"] == pytest.approx(2 * parts["forward"]["ms_each"])  # two microbatches
+    assert parts["logging"]["ms_per_step"] == pytest.approx(parts["logging"]["ms_each"] / 5)
+    assert parts["checkpoint stall"]["ms_per_step"] == pytest.approx(parts["checkpoint stall"]["ms_each"] * 12 / 500_000)
+    assert "checkpoint stall" in capsys.readouterr().out
+
+
+def test_measuring_the_step_does_not_change_the_weights(shards: Path) -> None:
+    with training.open_trainer(parse_training_options([f"--data.shards={shards}", *TINY])) as measured:
         weights = [parameter.clone() for parameter in measured.trainer.model.parameters()]
         measured.step()
         assert all(map(torch.equal, weights, measured.trainer.model.parameters()))
-        measured.train(saving=True)
+        measured.train()
         assert not all(map(torch.equal, weights, measured.trainer.model.parameters()))
-    assert (tmp_path / "checkpoints" / "images_000000012").exists()
 
 
 def test_flops_match_a_manual_count() -> None:
@@ -175,7 +166,7 @@ def test_flops_match_a_manual_count() -> None:
         (["step", "--train.bacth_size=3"], "train.bacth_size"),
         (["train", "--data.shards=nowhere"], "nowhere"),
         (["train", "--dry-run"], "--dry-run is an option of python -m vae_scale.train"),
-        (["train", "--repeats=0"], "--repeats is 0"),
+        (["train", "--repeats=0"], "argument --repeats: 0; it must be at least 1"),
     ],
 )
 def test_invalid_options_are_reported_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

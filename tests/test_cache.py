@@ -15,19 +15,13 @@ import torch
 from bad_server import READ_ALL, Server, cache_bytes, read_pixels, start
 
 from vae_scale.config.parsing import parse
-from vae_scale.data import remote
 from vae_scale.data.cache import Cache
-from vae_scale.data.remote import RetryPolicy
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.stream import Stream
 from vae_scale.errors import UserError
 
 FIRST = "stl10-train-000000.tar"
-
-
-@pytest.fixture(autouse=True)
-def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "RETRY_POLICY", RetryPolicy(3, 0.01, 5.0))
+pytestmark = pytest.mark.usefixtures("fast_retries")
 
 
 def test_two_processes_share_a_cache_and_download_each_shard_once(shards: Path, server: Server, cache: Cache) -> None:

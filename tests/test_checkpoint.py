@@ -2,13 +2,13 @@
 
 import json
 import resource
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from launch import wait_for
 from vae_scale.errors import UserError
 from vae_scale.models.pretrained import FORMAT_VERSION
 from vae_scale.runtime import checkpoint
@@ -130,7 +130,7 @@ def test_failed_writes_are_reported_retried_and_raised_by_wait(
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     writer = CheckpointWriter(tmp_path, 3)
     writer.save(24, CONTENT, {}, CONFIG)
-    wait_for(lambda: "training continues and writing is retried" in capsys.readouterr().err)
+    wait_for(lambda: "training continues and writing is retried" in capsys.readouterr().out)
     (tmp_path / "checkpoints").unlink()
     (tmp_path / "aside").rename(tmp_path / "checkpoints")
     wait_for(lambda: len(list_checkpoints(tmp_path)) == 2)
@@ -143,13 +143,6 @@ def test_failed_writes_are_reported_retried_and_raised_by_wait(
         writer.wait()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_full_disk_keeps_the_last_checkpoint_and_leaves_no_partial_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,7 +152,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_leaves_no_partial_one(
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))  # like a disk with this much space left
     try:
         writer.save(24, {"model": {"w": torch.ones(2**20)}}, {}, CONFIG)
-        wait_for(lambda: "cannot be written" in capsys.readouterr().err)
+        wait_for(lambda: "cannot be written" in capsys.readouterr().out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["images_000000012"]

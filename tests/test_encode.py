@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from commands import error_line, hash_files
 from conftest import COUNTS, TINY, discs
 
 from launch import ACCELERATE, DDP, environment
@@ -70,10 +71,6 @@ def encoded(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 def manifest(folder: Path) -> dict[str, Any]:
     index: dict[str, Any] = json.loads((folder / "index.json").read_text())
     return index
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def arrays(folder: Path) -> list[np.ndarray]:
@@ -156,7 +153,7 @@ def test_latents_do_not_depend_on_batch_size_or_number_of_processes(
     process = subprocess.run(launched, env=environment(), capture_output=True, text=True, timeout=250, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.count("latents of 180 images in 9 shards") == 1  # only the main process prints
-    assert contents(tmp_path).keys() == contents(encoded).keys()
+    assert hash_files(tmp_path).keys() == hash_files(encoded).keys()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for actual, expected in zip(arrays(tmp_path), arrays(encoded), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
@@ -175,7 +172,7 @@ def test_encode_resumes_with_another_number_of_processes(
     assert len(kept) == 3
     main([f"--run={runs['spatial']}", f"--out={tmp_path}", "--batch=2"])
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert contents(tmp_path) == contents(encoded)
+    assert hash_files(tmp_path) == hash_files(encoded)
 
 
 def test_resume_after_kill_gives_the_same_bytes(encoded: Path, runs: dict[str, Path], tmp_path: Path) -> None:
@@ -194,7 +191,7 @@ def test_resume_after_kill_gives_the_same_bytes(encoded: Path, runs: dict[str, P
     damaged.write_bytes(content)
     main(arguments)
     assert intact.stat().st_mtime_ns == kept
-    assert contents(tmp_path) == contents(encoded)
+    assert hash_files(tmp_path) == hash_files(encoded)
 
 
 def test_complete_set_is_not_changed(encoded: Path, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,29 +217,20 @@ def test_bf16_is_close_to_fp32_and_recorded(encoded: Path, runs: dict[str, Path]
     assert 0 < np.abs(latents - exact).max() < 0.05 * np.abs(exact).max()
 
 
-def error_line(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """Runs the command and returns its one-line error."""
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    return error
-
-
 def test_user_errors_are_reported_in_one_line(
     encoded: Path, runs: dict[str, Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = f"--run={runs['spatial']}", f"--out={tmp_path / 'out'}"
     (tmp_path / "file").write_text("")
-    assert "--run /nowhere" in error_line(capsys, ["--run=/nowhere", out])
-    assert "--batch" in error_line(capsys, [run, out, "--batch=0"])
-    assert "is a file" in error_line(capsys, [run, f"--out={tmp_path / 'file'}"])
-    assert "/nowhere" in error_line(capsys, [run, out, "--shards=/nowhere"])
-    assert "no split 'best'" in error_line(capsys, [run, out, "--splits=train,best"])
-    assert "another source or other options" in error_line(capsys, [f"--run={runs['vector']}", f"--out={encoded}"])
-    assert "another source or other options" in error_line(capsys, [run, f"--out={encoded}", "--splits=train"])
-    assert "another source or other options" in error_line(capsys, [run, f"--out={shards}"])
-    assert "contains latents, not images" in error_line(capsys, [run, out, f"--shards={encoded}"])
+    assert "--run /nowhere" in error_line(capsys, main, "--run=/nowhere", out)
+    assert "--batch" in error_line(capsys, main, run, out, "--batch=0")
+    assert "is a file" in error_line(capsys, main, run, f"--out={tmp_path / 'file'}")
+    assert "/nowhere" in error_line(capsys, main, run, out, "--shards=/nowhere")
+    assert "no split 'best'" in error_line(capsys, main, run, out, "--splits=train,best")
+    assert "another source or other options" in error_line(capsys, main, f"--run={runs['vector']}", f"--out={encoded}")
+    assert "another source or other options" in error_line(capsys, main, run, f"--out={encoded}", "--splits=train")
+    assert "another source or other options" in error_line(capsys, main, run, f"--out={shards}")
+    assert "contains latents, not images" in error_line(capsys, main, run, out, f"--shards={encoded}")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="contains latents, not images"):
         ShardSet.open(encoded)
@@ -253,7 +241,7 @@ def test_interrupted_set_of_another_source_is_not_resumed(
 ) -> None:
     header = {"name": "latents", "images_per_shard": 25, "vae_scale": {"fingerprint": "other", "splits": {"train": 60}}}
     (tmp_path / ".packing.jsonl").write_text(json.dumps(header))
-    assert "interrupted set of another source" in error_line(capsys, [f"--run={runs['vector']}", f"--out={tmp_path}"])
+    assert "is of another source or other options" in error_line(capsys, main, f"--run={runs['vector']}", f"--out={tmp_path}")
 
 
 def test_images_of_another_size_are_rejected(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +253,7 @@ def test_images_of_another_size_are_rejected(runs: dict[str, Path], tmp_path: Pa
     pack(["--source=folder", f"--data={tmp_path / 'images'}", f"--out={tmp_path / 'small'}", "--resolution=32"])
     capsys.readouterr()
     arguments = [f"--run={runs['vector']}", f"--shards={tmp_path / 'small'}", f"--out={tmp_path / 'out'}"]
-    assert "images are 32x32, but the model requires 96x96" in error_line(capsys, arguments)
+    assert "images are 32x32, but the model requires 96x96" in error_line(capsys, main, *arguments)
 
 
 def test_split_names_cannot_escape_the_output_folder(shards: Path, tmp_path: Path, runs: dict[str, Path]) -> None:

@@ -18,10 +18,8 @@ from vae_scale.config.parsing import parse
 from vae_scale.data.shards import ShardSet
 from vae_scale.evaluate import main
 from vae_scale.evaluation.evaluator import ExtendedMetrics, evaluate
-from vae_scale.evaluation.features import extract_reference_features
 from vae_scale.models.vae import VAE, ELBOTerms, Posterior
 from vae_scale.runtime import checkpoint
-from vae_scale.runtime.distributed import DistContext
 from vae_scale.training.trainer import train
 
 FEW = ["--images=14", "--samples=6", "--importance-samples=2"]
@@ -42,18 +40,11 @@ def model(run: Path) -> VAE:
     return VAE.from_pretrained(folder, "ema.safetensors")
 
 
-@pytest.fixture(autouse=True)
-def _isolated_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def report(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The report of the command for a batch size of 7."""
     folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        main([f"--run={run}", *FEW, "--batch-size=7", f"--json={folder / 'deep' / 'report.json'}"])
+    main([f"--run={run}", *FEW, "--batch-size=7", f"--json={folder / 'deep' / 'report.json'}"])
     assert [path.name for path in (folder / "deep").iterdir()] == ["report.json"]
     content: dict[str, Any] = json.loads((folder / "deep" / "report.json").read_text())
     return content
@@ -100,8 +91,7 @@ def test_report_does_not_depend_on_the_batch_size(report: dict[str, Any], run: P
 def test_two_processes_give_the_same_report_as_one(report: dict[str, Any], run: Path, tmp_path: Path) -> None:
     words = [f"--run={run}", *FEW, "--batch-size=7", f"--json={tmp_path / 'report.json'}"]
     launched = [*ACCELERATE, f"--config_file={DDP}", "--num_processes=2", "-m", "vae_scale.evaluate", *words]
-    extra = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(launched, env=environment(**extra), capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(launched, env=environment(), capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("iwae_nll") == 1  # printed by rank 0
     assert_equal_reports(json.loads((tmp_path / "report.json").read_text()), report)
@@ -155,49 +145,6 @@ def test_importance_weighted_bound_is_tighter_than_the_elbo(report: dict[str, An
     test_set = ShardSet.open(shards).select("test")
     metrics = evaluate(model, test_set, 14, 14, 0, extended=ExtendedMetrics(8))
     assert metrics["iwae_nll"] < report["iwae_nll"] < report["neg_elbo"]
-
-
-class CountingExtractor:
-    """Counts the images whose features it computes."""
-
-    name, dimensions = "counting", 3
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        self.count += len(images)
-        return images.float().mean((1, 2))
-
-
-def test_reference_features_are_cached_and_recomputed_if_damaged(shards: Path, tmp_path: Path) -> None:
-    test_set = ShardSet.open(shards).select("test")
-    extractor: Any = CountingExtractor()
-    expected = torch.from_numpy(discs(30, 1)).float().mean((1, 2))
-    for _ in range(2):
-        assert torch.equal(extract_reference_features(extractor, test_set, 10_000, 10), expected)
-        assert extractor.count == 30
-    (file,) = (tmp_path / "cache" / "vae_scale").iterdir()
-    file.write_bytes(file.read_bytes()[:-5])
-    assert torch.equal(extract_reference_features(extractor, test_set, 30, 10), expected)
-    assert extractor.count == 60
-    assert len(extract_reference_features(extractor, test_set, 20, 10)) == 20
-    assert extractor.count == 80
-    assert len(extract_reference_features(extractor, ShardSet.open(shards).select("train"), 30, 10)) == 30
-    assert extractor.count == 110
-    assert extract_reference_features(extractor, test_set, 29, 29, DistContext(1, 2)) is None
-
-
-def test_features_are_computed_if_the_cache_is_not_writable(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    extractor: Any = CountingExtractor()
-    features = extract_reference_features(extractor, ShardSet.open(shards).select("test"), 5, 10)
-    assert features is not None
-    assert len(features) == 5
-    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_units_with_varying_posterior_means_are_active(shards: Path) -> None:

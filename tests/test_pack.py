@@ -1,7 +1,6 @@
 """Packing: round trips, resuming, damaged sources and full disks."""
 
 import hashlib
-import http.server
 import io
 import json
 import resource
@@ -9,44 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import webdataset
+from commands import error_line, hash_files, pack
 from conftest import COUNTS, discs
 from PIL import Image
 from torchvision.datasets import STL10
 
-from vae_scale.data import packing
-from vae_scale.data.images import Images
-from vae_scale.data.packing import PackOptions, Source
 from vae_scale.data.shard_file import SAVE_OPTIONS, write_shard
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
 from vae_scale.pack import main
-
-
-def pack(*options: object) -> None:
-    main([str(option) for option in options])
-
-
-def error_line(capsys: pytest.CaptureFixture[str], *options: object) -> str:
-    """Runs a command that must fail and returns its one-line error message."""
-    with pytest.raises(SystemExit) as caught:
-        pack(*options)
-    assert caught.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
 
 
 class UncheckedSTL10(STL10):
@@ -92,23 +69,12 @@ def test_manifests_describe_the_shards(shards: Path) -> None:
     assert json.loads((shards / "_info.json").read_text())["splits"]["unlabeled"]["shard_lengths"] == [25, 25, 25, 15]
 
 
-def test_archive_and_folder_give_the_same_shards(binaries: Path, shards: Path, tmp_path: Path) -> None:
-    archive = tmp_path / "stl10_binary.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(binaries, "stl10_binary")
-    pack("--source=stl10", f"--data={archive}", f"--out={tmp_path / 'out'}", "--images-per-shard=25")
-    expected, actual = contents(shards), contents(tmp_path / "out")
-    names = {name for name in expected if name.endswith(".tar")}
-    assert names == {name for name in actual if name.endswith(".tar")}
-    assert all(actual[name] == expected[name] for name in names)
-
-
 @pytest.mark.parametrize("encoding", ["npy", "png", "jpg", "webp"])
 def test_bytes_do_not_depend_on_the_number_of_workers(binaries: Path, tmp_path: Path, encoding: str) -> None:
     for workers in (1, 3):
         options = (f"--encoding={encoding}", f"--workers={workers}", "--images-per-shard=8", "--limit=20")
         pack("--source=stl10", f"--data={binaries}", f"--out={tmp_path / str(workers)}", *options)
-    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    assert hash_files(tmp_path / "1") == hash_files(tmp_path / "3")
 
 
 @pytest.mark.parametrize(("encoding", "tolerance"), [("png", 0), ("jpg", 6), ("webp", 8)])
@@ -127,7 +93,7 @@ def test_complete_set_is_not_changed(binaries: Path, tmp_path: Path, capsys: pyt
     pack(*options)
     assert "already complete" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    assert "another source or other options" in error_line(capsys, *options, "--limit=5")
+    assert "another source or other options" in error_line(capsys, main, *options, "--limit=5")
 
 
 def test_resume_after_kill_gives_the_same_bytes(binaries: Path, tmp_path: Path) -> None:
@@ -147,29 +113,9 @@ def test_resume_after_kill_gives_the_same_bytes(binaries: Path, tmp_path: Path) 
     damaged.write_bytes(damaged.read_bytes()[:-1])  # as after a crash of the machine
     pack(*options, f"--out={out}")
     pack(*options, f"--out={tmp_path / 'uninterrupted'}")
-    assert contents(out) == contents(tmp_path / "uninterrupted")
+    assert hash_files(out) == hash_files(tmp_path / "uninterrupted")
     kept = [path for path in finished if path.stat().st_mtime_ns == finished[path]]
     assert len(kept) >= recorded - 1
-
-
-def test_source_hashes_are_computed_while_shards_are_written(tmp_path: Path) -> None:
-    def hashes() -> dict[str, str]:
-        while not list(tmp_path.glob("*.tar")):
-            time.sleep(0.005)
-        return {"source": "hash"}
-
-    class InMemorySplit:
-        name, labels, shape = "train", [0] * 8, (96, 96, 3)
-
-        def fetch(self, start: int, stop: int) -> Images:
-            return discs(8, 0)[start:stop]
-
-        def decode(self, raw: Images) -> Images:
-            return raw
-
-    assert packing.pack(Source([InMemorySplit()], [], hashes), tmp_path, PackOptions("set", images_per_shard=2), workers=2)
-    assert json.loads((tmp_path / "index.json").read_text())["vae_scale"]["sources"] == {"source": "hash"}
-    assert not packing.pack(Source([InMemorySplit()], [], hashes), tmp_path, PackOptions("set", images_per_shard=2), workers=2)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
@@ -229,67 +175,15 @@ def test_full_disk_leaves_no_incomplete_file(binaries: Path, tmp_path: Path) -> 
     assert len(ShardSet.open(tmp_path)) == sum(COUNTS.values())
 
 
-def truncate_images(folder: Path) -> str:
-    path = folder / "train_X.bin"
-    path.write_bytes(path.read_bytes()[:-100])
-    return "train_X.bin"
-
-
-def truncate_labels(folder: Path) -> str:
-    path = folder / "test_y.bin"
-    path.write_bytes(path.read_bytes()[:-1])
-    return "test_y.bin"
-
-
-def write_invalid_label(folder: Path) -> str:
-    path = folder / "train_y.bin"
-    path.write_bytes(b"\x0b" + path.read_bytes()[1:])
-    return "label 11"
-
-
-def remove_images(folder: Path) -> str:
-    (folder / "unlabeled_X.bin").unlink()
-    return "unlabeled_X.bin"
-
-
-def write_invalid_fold(folder: Path) -> str:
-    (folder / "fold_indices.txt").write_text("1 2 60\n")
-    return "fold_indices.txt"
-
-
-def remove_folder(folder: Path) -> str:
-    shutil.rmtree(folder)
-    return "--download"
-
-
-DAMAGES = [truncate_images, truncate_labels, write_invalid_label, remove_images, write_invalid_fold, remove_folder]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_error_names_the_damaged_binary(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage) -> None:  # type: ignore[no-untyped-def]
-    folder = tmp_path / "copy"
-    shutil.copytree(binaries, folder)
-    name = damage(folder)
-    assert name in error_line(capsys, "--source=stl10", f"--data={folder}", f"--out={tmp_path / 'out'}")
-    assert not list((tmp_path / "out").glob("*.tar"))
-
-
-def test_error_names_the_truncated_archive(binaries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    archive = tmp_path / "stl10_binary.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(binaries, "stl10_binary")
-    archive.write_bytes(archive.read_bytes()[:-5000])
-    assert "stl10_binary.tar.gz" in error_line(capsys, "--source=stl10", f"--data={archive}", f"--out={tmp_path / 'out'}")
-
-
-def test_folder_of_photographs_is_cropped_and_labeled(tmp_path: Path) -> None:
+def test_folder_of_photographs_is_cropped_and_labeled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(40):
         folder = tmp_path / "photos" / ("cats" if number % 2 else "dogs") / "deeper"
         folder.mkdir(parents=True, exist_ok=True)
         photo = np.zeros((50, 90, 3), np.uint8)
         photo[:, 20:70] = (200, 10 * (number % 20), 30)  # central square
         Image.fromarray(photo).save(folder / f"{number:03d} ü.png")
-    pack("--source=folder", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'out'}", "--resolution=32")
+    options = ["--source=folder", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'out'}"]
+    pack(*options, "--resolution=32")
     shards = ShardSet.open(tmp_path / "out")
     assert shards.image_shape == (32, 32, 3)
     assert shards.class_names == ("cats", "dogs")
@@ -297,6 +191,7 @@ def test_folder_of_photographs_is_cropped_and_labeled(tmp_path: Path) -> None:
     assert sum(shards.splits.values()) == 40
     # Resizing rings at the edges; all other pixels are from the central square.
     assert np.all(shards.read(0)[:, 4:-4, 4:-4, 0] == 200)
+    assert "other options" in error_line(capsys, main, *options)
 
 
 def test_split_folders_are_used_as_splits(tmp_path: Path) -> None:
@@ -315,7 +210,9 @@ def test_error_names_the_unreadable_photograph(tmp_path: Path, capsys: pytest.Ca
         Image.fromarray(discs(1, number)[0]).save(tmp_path / f"{number}.png")
     broken = tmp_path / "7.png"
     broken.write_bytes(broken.read_bytes()[:400])
-    assert "7.png" in error_line(capsys, "--source=folder", f"--data={tmp_path}", f"--out={tmp_path / 'out'}", "--splits=train")
+    assert "7.png" in error_line(
+        capsys, main, "--source=folder", f"--data={tmp_path}", f"--out={tmp_path / 'out'}", "--splits=train"
+    )
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -349,50 +246,22 @@ def test_invalid_manifest_is_rejected(shards: Path, tmp_path: Path, change, mess
         ShardSet.open(tmp_path)
 
 
-@pytest.fixture
-def server(binaries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Serves an archive at STL-10's URL. Returns the path of the archive."""
-    root = tmp_path / "served"
-    root.mkdir()
-    archive = root / "stl10_binary.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(binaries, "stl10_binary")
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(root))  # type: ignore[arg-type]
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http_server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(STL10, "url", f"http://127.0.0.1:{http_server.server_port}/{archive.name}")
-    yield archive
-    http_server.shutdown()
-    http_server.server_close()
-
-
-def test_download_is_packed(server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(STL10, "tgz_md5", hashlib.md5(server.read_bytes()).hexdigest())
-    pack("--source=stl10", "--download", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
-    assert ShardSet.open(tmp_path / "out").splits == COUNTS
-
-
-def test_download_with_a_wrong_md5_is_rejected(server: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--source=stl10", "--download", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'out'}")
-    assert "could not be downloaded" in error_line(capsys, *options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_demo_photographs_are_packed_in_the_format_of_stl10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vae_scale.data.photos.CROPS", {"train": 10, "unlabeled": 10, "test": 5})
-    pack("--source=photos", f"--out={tmp_path}")
-    shards = ShardSet.open(tmp_path)
-    assert shards.splits == {"train": 10, "unlabeled": 10, "test": 5}
-    assert shards.class_names[0] == "astronaut"
-    expected = UncheckedSTL10(str(tmp_path), split="train")
-    assert np.array_equal(shards.select("train").read(0)[3], np.asarray(expected[3][0]))
+def test_demo_photographs_are_cropped_with_reproducible_bytes(tmp_path: Path) -> None:
+    options = ("--source=photos", "--limit=7", "--images-per-shard=4")
+    pack(*options, f"--out={tmp_path / 'out'}", "--workers=3")
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.splits == {"train": 7, "unlabeled": 7, "test": 7}
+    assert shards.class_names == ("astronaut", "cat", "coffee", "motorcycle", "rocket")
+    assert shards.select("train").labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert shards.select("unlabeled").labels.tolist() == [-1] * 7
+    for part in (1, 2):
+        pack(*options, f"--out={tmp_path / 'parts'}", f"--part={part}/2")
+    pack("--merge", tmp_path / "parts")
+    assert hash_files(tmp_path / "parts") == hash_files(tmp_path / "out")
+    photo = Image.open(Path(skimage.__file__).parent / "data" / "chelsea.png")  # 451x300
+    expected = np.asarray(photo.resize((451 * 96 // 300, 96))).mean((0, 1))
+    assert np.abs(shards.select("train").read(0)[1].mean((0, 1)) - expected).max() < 30
+    assert len({image.tobytes() for image in shards.load_images(np.arange(21))}) == 21
 
 
 @pytest.mark.parametrize(
@@ -405,6 +274,9 @@ def test_demo_photographs_are_packed_in_the_format_of_stl10(tmp_path: Path, monk
         (["--source=stl10", "--out=x", "--data=/nowhere", "--splits=trian"], "trian"),
         (["--source=stl10", "--out=x", "--data=/nowhere", "--resolution=64"], "--resolution"),
         (["--source=photos", "--out=x", "--workers=0"], "--workers"),
+        (["--source=photos", "--out=x", "--data=/nowhere"], "--data /nowhere"),
+        (["--source=photos", "--out=x", "--resolution=64"], "--resolution 64"),
+        (["--source=photos", "--out=x", "--splits=train,valid"], "--splits valid"),
         (["--source=folder", "--out=x", "--data=/nowhere", "--splits=a/b"], "a/b"),
         (["--source=stl10", "--out=x", "--data=/nowhere", "--part=5/4"], "--part 5/4"),
         (["--source=stl10", "--out=x", "--data=/nowhere", "--part=0/4"], "--part 0/4"),
@@ -418,4 +290,4 @@ def test_demo_photographs_are_packed_in_the_format_of_stl10(tmp_path: Path, monk
     ],
 )
 def test_user_errors_are_reported_in_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
-    assert message in error_line(capsys, *options)
+    assert message in error_line(capsys, main, *options)

@@ -76,6 +76,8 @@ TESTED_ELSEWHERE = {
         ("tests/test_bench.py", "compare_loaders.main(", "takes minutes"),
     r"python tests/benchmarks/compare_trainers\.py .*":
         ("tests/test_trainer_peers.py", "from compare_trainers import main", "takes minutes"),
+    r"python tests/benchmarks/step_parts\.py .*":
+        ("tests/test_bench.py", "step_parts.main(", "takes a minute"),
     r"python tests/benchmarks/soak\.py --kills 50 --processes 1 --precision fp32":
         ("tests/test_resume.py", "Soak(", "takes half an hour"),
     r"sbatch .* launch/slurm\.sbatch --config configs/stl10\.yaml":
@@ -239,6 +241,7 @@ def fixture_paths(shards: Path, binaries: Path, tmp_path_factory: pytest.TempPat
         path = folder / "photographs" / str(number % 2) / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
+    shards = shutil.copytree(shards, folder / "shards")  # commands write a contact sheet into it
     words = [*SMALL, f"--data.shards={shards}", f"--run={folder / 'run'}", "--model.latent=vector"]
     importlib.import_module("vae_scale.train").main(words)
     words = ["--source=stl10", f"--data={binaries}", f"--out={folder / 'others'}", "--encoding=png", "--images-per-shard=25"]
@@ -266,8 +269,7 @@ def test_readme_commands_run(command: Command, workspaces: dict[str, Workspace],
     monkeypatch.setenv("HOME", str(workspace.folder))
     for module in ("data", "training"):
         monkeypatch.setattr(f"vae_scale.benchmark.{module}.SECONDS", 0.1)
-    monkeypatch.setattr("vae_scale.benchmark.measuring.CEILING_SECONDS", 0.02)
-    monkeypatch.setattr("vae_scale.benchmark.measuring.SIZES", {"cpu": (256, 512)})
+    monkeypatch.setattr("vae_scale.benchmark.measuring.SIDES", {"cpu": 256})
     workspace.run(command)
 
 

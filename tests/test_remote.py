@@ -24,11 +24,7 @@ from vae_scale.errors import UserError
 from vae_scale.training.trainer import Trainer
 
 FIRST = "stl10-train-000000.tar"
-
-
-@pytest.fixture(autouse=True)
-def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "RETRY_POLICY", RetryPolicy(3, 0.01, 5.0))
+pytestmark = pytest.mark.usefixtures("fast_retries")
 
 
 def error_lines(text: str) -> list[str]:
@@ -38,7 +34,7 @@ def error_lines(text: str) -> list[str]:
 def test_http_stream_equals_local_stream_and_downloads_each_shard_once(shards: Path, server: Server, cache: Cache) -> None:
     local = ShardSet.open(shards).select("train", "unlabeled")
     remote_set = ShardSet.open(f"{server.url}/", cache).select("train", "unlabeled")
-    assert (local.storage.is_local, remote_set.storage.is_local) == (True, False)
+    assert (local.is_local, remote_set.is_local) == (True, False)
     assert remote_set.location == server.url
     streams = [Stream(shard_set, 16, seed=3, window=2) for shard_set in (local, remote_set)]
     for expected, actual in zip(*(islice(stream, 25) for stream in streams), strict=True):
@@ -148,7 +144,7 @@ def write_manifest(shards: Path, folder: Path, url: Callable[[str], str]) -> Pat
 def test_a_local_manifest_can_refer_to_remote_shards(shards: Path, server: Server, cache: Cache, tmp_path: Path) -> None:
     folder = write_manifest(shards, tmp_path / "index", lambda name: f"{server.url}/{name}?token=a/b")
     shard_set = ShardSet.open(folder, cache)
-    assert not shard_set.storage.is_local
+    assert not shard_set.is_local
     assert read_pixels(shard_set) == read_pixels(ShardSet.open(shards))
     assert shard_set.location == str(folder)
     mixed = write_manifest(shards, tmp_path / "mixed", lambda name: f"{server.url}/{name}" if "test" in name else name)

@@ -6,8 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from launch import command, environment, train, train_options
+from launch import command, environment, train, train_options, wait_for
 from vae_scale.runtime import checkpoint
 from vae_scale.runtime.signals import DELAY_STEPS, SignalHandler
 from vae_scale.tracking.tracker import METRICS, JsonlWriter
@@ -40,13 +39,6 @@ def start_training(processes: int, run: Path, *options: str) -> Iterator[subproc
     finally:
         for child in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
             child.kill()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def count_metrics(run: Path) -> int:

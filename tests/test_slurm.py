@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from hosts import Host, skip_reason, wait_for
+from hosts import Host, skip_reason
 
-from launch import LAUNCH, environment, train
+from launch import LAUNCH, environment, train, wait_for
 from vae_scale.runtime import checkpoint
 
 pytestmark = pytest.mark.cluster

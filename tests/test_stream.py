@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import COUNTS, discs
+from conftest import discs, take
+from stl10_binaries import write_binaries
 
+from vae_scale.data.cache import Cache
 from vae_scale.data.images import Images
 from vae_scale.data.reader import Reader
 from vae_scale.data.shard_file import Shard
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stl10 import write_binaries
-from vae_scale.data.storage import LocalStorage
+from vae_scale.data.storage import Storage
 from vae_scale.data.stream import Batch, Stream
 from vae_scale.errors import UserError
 from vae_scale.pack import main as pack
@@ -29,16 +30,6 @@ from vae_scale.pack import main as pack
 @pytest.fixture(scope="module")
 def train_set(shards: Path) -> ShardSet:
     return ShardSet.open(shards).select("train", "unlabeled")
-
-
-@pytest.fixture(scope="module")
-def pixels() -> Images:
-    return np.concatenate([discs(COUNTS["train"], 0), discs(COUNTS["unlabeled"], 2)])
-
-
-def take(stream: Stream, count: int) -> list[Batch]:
-    """Copies batches, because a batch is valid only until the next."""
-    return [Batch(batch.images.clone(), batch.rows) for batch in islice(stream, count)]
 
 
 def batches_equal(first: list[Batch], second: list[Batch]) -> bool:
@@ -114,7 +105,7 @@ print(peak)
 @pytest.mark.parametrize("encoding", ["npy", "png"])
 def test_memory_is_bounded_by_two_windows_and_the_batches(tmp_path: Path, encoding: str) -> None:
     content, shards = discs(1_200, 7), 40
-    write_binaries(tmp_path / "binaries", {"unlabeled": iter([(content, [-1] * len(content))])}, [])
+    write_binaries(tmp_path / "binaries", {"unlabeled": (content, [])})
     options = [f"--out={tmp_path / 'out'}", "--splits=unlabeled", "--images-per-shard=30", f"--encoding={encoding}"]
     pack(["--source=stl10", f"--data={tmp_path / 'binaries'}", *options])
     process = subprocess.run([sys.executable, "-c", PRINT_PEAK_MEMORY, str(tmp_path / "out")], capture_output=True, text=True)
@@ -122,8 +113,8 @@ def test_memory_is_bounded_by_two_windows_and_the_batches(tmp_path: Path, encodi
     shard = content.nbytes / shards
     # Two windows of two shards, one pair being replaced by the next, and the ring of batches.
     budget = (3 * 2) * shard * 1.1 + (2 + 2) * 32 * 96 * 96 * 3
-    assert int(process.stdout) < budget + 6e6  # overhead of allocators
-    assert budget + 6e6 < content.nbytes / 2
+    assert int(process.stdout) < budget + 7e6  # overhead of allocators
+    assert budget + 7e6 < content.nbytes / 2
 
 
 READ_ONE_BATCH = """
@@ -192,13 +183,13 @@ def test_too_many_open_files_are_reported_and_a_small_window_avoids_them(binarie
 def test_located_rows_stay_in_memory_after_their_shards_are_released(shards: Path, pixels: Images) -> None:
     available = threading.Event()
 
-    class SlowStorage(LocalStorage):
+    class SlowStorage(Storage):
         def open(self, shard: Shard) -> BufferedReader:
             available.wait()
             return super().open(shard)
 
     rows, addresses = np.arange(20), []
-    with Reader(replace(ShardSet.open(shards).select("train"), storage=SlowStorage(shards))) as reader:
+    with Reader(replace(ShardSet.open(shards).select("train"), storage=SlowStorage(str(shards), Cache()))) as reader:
         reader.prefetch([0])
         thread = threading.Thread(target=lambda: addresses.append(reader.locate(rows)))
         thread.start()

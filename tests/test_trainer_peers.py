@@ -9,9 +9,10 @@ import pytest
 import torch
 from compare_trainers import main
 from conftest import TINY, discs
-from trainer_peers import Loss, Peer, compare, peers, plain
+from plain_network import Loss, plain
+from trainer_peers import Peer, compare, peers
 
-from vae_scale.benchmark import measuring, training
+from vae_scale.benchmark import training
 from vae_scale.config.parsing import parse
 from vae_scale.errors import UserError
 from vae_scale.models.networks import build_model
@@ -108,11 +109,9 @@ def test_a_loop_that_does_not_learn_is_excluded() -> None:
 
     loops = [peer("a", "torch", [4.0, 3.0, 2.0, 1.0]), peer("b", "torch", [2.0, 1.0]), peer("c", "pythae", [1.0, 2.0])]
     loops.append(peer("d", "lightning", [2.0, float("nan")]))
-    rows = {name: measuring.Row(name, [speed]) for name, speed in zip("abcd", (10.0, 20.0, 400.0, 400.0), strict=True)}
-    ratios, idle = compare(60.0, loops, rows)
+    ratios, idle = compare(loops, {"a": [10.0], "b": [20.0], "c": [400.0], "d": [400.0], training.TRAIN: [60.0]})
     assert ratios == {"over_torch": 3.0, "over_fastest_peer": 3.0}
     assert set(idle) == {"c", "d"}
-    assert statistics.fmean(rows["b"].runs) == 20
 
 
 @pytest.mark.parametrize(
@@ -131,32 +130,20 @@ def test_an_unknown_library_is_refused(shards: Path, tmp_path: Path) -> None:
         peers(trainer, 0.1, tmp_path / "peers", ["torch", "tensorflow"])
 
 
-def test_rows_and_ratios_are_reported(
+def test_speeds_and_ratios_are_reported(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "SECONDS", 0.1)
-    monkeypatch.setattr(measuring, "CEILING_SECONDS", 0.02)
-    monkeypatch.setattr(measuring, "SIZES", {"cpu": (256,)})
-    monkeypatch.setattr(measuring, "COPY_BYTES", {"cpu": 2**24})
-    words = [
-        f"--data.shards={shards}",
-        *TINY,
-        "--step",
-        "--peers=notebook,torch,diffusers",
-        "--repeats=2",
-        "--json",
-        str(tmp_path / "report.json"),
-    ]
-    main(words)
+    options = ["--peers=notebook,torch,diffusers", "--repeats=2", "--json", str(tmp_path / "report.json")]
+    main([f"--data.shards={shards}", *TINY, *options])
     report = json.loads((tmp_path / "report.json").read_text())
-    rows = {row["name"]: row["runs"] for row in report["rows"]}
-    assert all(len(runs) == 2 and min(runs) > 0 for runs in rows.values())
+    speeds = report["speeds"]
+    assert all(len(runs) == 2 and min(runs) > 0 for runs in speeds.values())
     assert "diffusers" in report["missing"]
-    others = [name for name in rows if name.split(",")[0] in FAMILIES]
+    others = [name for name in speeds if name.split(",")[0] in FAMILIES]
     assert {name.split(",")[0] for name in others} == ALWAYS
-    fastest = max(statistics.median(rows[name]) for name in others)
-    step = statistics.median(rows[training.STEP])
-    assert report["ratios"]["over_fastest_peer"] == pytest.approx(step / fastest)
+    fastest = max(statistics.median(speeds[name]) for name in others)
+    assert report["ratios"]["over_fastest_peer"] == pytest.approx(statistics.median(speeds[training.TRAIN]) / fastest)
     assert report["ratios"]["over_notebook"] > 0
     printed = capsys.readouterr().out
     assert "skipped diffusers: its AutoencoderKL is a different network" in printed

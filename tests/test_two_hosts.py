@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from hosts import Host, skip_reason, wait_for
+from hosts import Host, skip_reason
 
-from launch import ACCELERATE, MULTI_NODE, environment
+from launch import ACCELERATE, MULTI_NODE, environment, wait_for
 from vae_scale.runtime import checkpoint
 
 pytestmark = pytest.mark.cluster

@@ -124,7 +124,7 @@ def test_compilation_counts_as_progress(tmp_path: Path) -> None:
             time.sleep(0.05)
     finally:
         processes.kill()
-    assert "compiling: " in processes.text()
+    assert "compiling" in processes.text()
 
 
 def heartbeats(*values: tuple[int, int, str]) -> dict[int, Heartbeat]:

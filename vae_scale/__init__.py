@@ -12,9 +12,15 @@ __all__ = ["VAE", "ResNetVAE", "__version__", "load"]
 
 
 def load(name: str | Path, weights: str | None = None) -> "VAE":
-    """Loads a run's newest checkpoint, a checkpoint, a saved model, or a model of the Hub; see `VAE.from_pretrained`."""
-    from vae_scale.models.vae import VAE
+    """Loads the newest valid checkpoint of a run, or a checkpoint, a saved model or a model of the Hub.
 
+    See `VAE.from_pretrained`.
+    """
+    from vae_scale.models.vae import VAE
+    from vae_scale.runtime.checkpoint import require_checkpoint
+
+    if (Path(name) / "checkpoints").is_dir():
+        name = require_checkpoint(name, "run")
     return VAE.from_pretrained(name, weights)
 
 

@@ -10,12 +10,12 @@ from vae_scale.errors import UserError, cli_main
 from vae_scale.files import write_json
 
 if TYPE_CHECKING:
-    import torch
+    from accelerate import Accelerator
+    from torch import Tensor
 
     from vae_scale.evaluation.features import FeatureExtractor
     from vae_scale.evaluation.loading import LoadedRun
     from vae_scale.evaluation.reconstruction import ImageDistance
-    from vae_scale.runtime.distributed import DistContext
 
 UNBIASED_IMAGES = 10_000  # below this, a note on the bias of the Frechet distance is printed (Chong & Forsyth, 2020)
 
@@ -62,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--importance-samples and --temperature must not be negative")
 
     from vae_scale.evaluation.loading import start_command
-    from vae_scale.runtime.launching import get_device
 
     run, accelerator = start_command(args.run, "fp32")  # for results that are comparable between machines
-    report = _evaluate(args, run, get_device(accelerator))
+    report = _evaluate(args, run, accelerator)
     if accelerator.is_main_process:
         _print_report(report)
         if args.json:
@@ -74,17 +73,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def _evaluate(args: argparse.Namespace, run: "LoadedRun", device: "torch.device") -> dict[str, Any]:
+def _evaluate(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelerator") -> dict[str, Any]:
     """Returns the report; metrics of samples are missing on ranks other than 0."""
     import torch
 
     from vae_scale.evaluation.evaluator import ExtendedMetrics, evaluate
-    from vae_scale.evaluation.features import extract_reference_features, extract_sample_features
-    from vae_scale.evaluation.frechet import Moments, frechet_distance
+    from vae_scale.evaluation.frechet import frechet_distance
     from vae_scale.evaluation.neighbours import check_set_sizes, compute_prdc
+    from vae_scale.evaluation.sampling import iterate_samples
     from vae_scale.models.vae import SamplingConfig
 
-    model, dist = run.model, run.dist
+    model, dist, device = run.model, run.dist, accelerator.device
     shards = run.open_shards(args.shards).select(args.split or run.data["test"])
     images = min(args.images or len(shards), len(shards))
     samples, sampling = args.samples or images, SamplingConfig(args.steps, args.solver)
@@ -103,54 +102,53 @@ def _evaluate(args: argparse.Namespace, run: "LoadedRun", device: "torch.device"
         "seed": args.seed,
         "features": args.features,
     }
-    extractor, lpips = _load_networks(args, device, dist)
-    reconstructions = Moments(extractor.dimensions if extractor else 0, device)
+    extractor, lpips = _load_networks(args, accelerator)
+    features: dict[str, list[Tensor]] = {"real": [], "reconstructed": [], "fake": []}
 
-    def add_features(images: torch.Tensor, weights: torch.Tensor) -> None:
+    def add_features(name: str, images: "Tensor") -> None:
         if extractor:
-            reconstructions.update(extractor(images), weights)
+            features[name].append(dist.gather(extractor(images)).cpu())
 
-    batch_size, sample_batch_size = (min(args.batch_size, -(-count // dist.world_size)) for count in (images, samples))
-    extended = ExtendedMetrics(args.importance_samples, lpips, add_features if extractor else None)
+    def on_batch(images: "Tensor", reconstructions: "Tensor") -> None:
+        add_features("real", images)
+        add_features("reconstructed", reconstructions)
+
+    batch_size = min(args.batch_size, -(-images // dist.world_size))
+    extended = ExtendedMetrics(args.importance_samples, lpips, on_batch)
     report |= evaluate(model, shards, images, batch_size, args.seed, dist, extended)
     if extractor is None:
         return report
     report |= {"samples": samples, "prior": prior, "temperature": args.temperature}
-    reconstructions.all_reduce(dist.all_reduce_sum)
-    real = extract_reference_features(extractor, shards, images, batch_size, dist, device)
 
-    def sample_latents(numbers: range) -> torch.Tensor:
-        return model.sample_latents(numbers, args.seed, args.temperature, args.prior, sampling, sample_batch_size)
+    def sample_latents(numbers: range) -> "Tensor":
+        return model.sample_latents(numbers, args.seed, args.temperature, args.prior, sampling, args.batch_size)
 
-    fake = extract_sample_features(model, extractor, sample_latents, samples, sample_batch_size, dist)
-    if real is not None and fake is not None:
-        real, fake = real.to(device), fake.to(device)
-        name = "fid" if extractor.name == "inception" else "frechet_distance"
-        reference = Moments.from_features(real)
-        report[name] = frechet_distance(Moments.from_features(fake), reference)
-        report[f"reconstruction_{name}"] = frechet_distance(reconstructions, reference)
+    for _, batch in iterate_samples(model, sample_latents, samples, args.batch_size, dist):
+        add_features("fake", batch)
+    if accelerator.is_main_process:
+        real, reconstructed = (torch.cat(features[name])[:images].to(device) for name in ("real", "reconstructed"))
+        fake = torch.cat(features["fake"])[:samples].to(device)
+        name = "fid" if args.features == "inception" else "frechet_distance"
+        report[name] = frechet_distance(fake, real)
+        report[f"reconstruction_{name}"] = frechet_distance(reconstructed, real)
         report |= compute_prdc(real, fake)
     return report
 
 
 def _load_networks(
-    args: argparse.Namespace, device: "torch.device", dist: "DistContext"
+    args: argparse.Namespace, accelerator: "Accelerator"
 ) -> "tuple[FeatureExtractor | None, ImageDistance | None]":
-    import torch
-
     from vae_scale.evaluation.features import load_extractor
     from vae_scale.evaluation.reconstruction import load_lpips
 
     extractor = lpips = None
     if args.features != "none":
-        for downloads in (True, False):  # rank 0 downloads the weights, the other ranks load the file afterwards
-            if (dist.rank == 0) == downloads:
-                extractor = load_extractor(args.features, device, args.weights)
-            dist.all_reduce_sum(torch.zeros((), device=device))
+        with accelerator.local_main_process_first():  # which may download the weights
+            extractor = load_extractor(args.features, accelerator.device, args.weights)
     try:
-        lpips = load_lpips(device)
+        lpips = load_lpips(accelerator.device)
     except UserError as error:
-        if dist.rank == 0:
+        if accelerator.is_main_process:
             print(f"lpips is skipped: {error}", flush=True)
     return extractor, lpips
 

@@ -36,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run = load_run(args.run)
     source = {"checkpoint": str(run.checkpoint_dir), "weights": AVERAGED_WEIGHTS, "images_seen": run.images_seen}
-    parts = export_model(run.model, args.out, args.format, source)["parts"]
+    parts = export_model(run.model, args.out, args.format, source).get("parts", {})
     differences = ", ".join(f"{name} {part['max_difference']:.1g}" for name, part in parts.items())
-    print(f"{args.out}: {args.format}, from {run.checkpoint_dir}; maximum difference from the model: {differences}")
+    print(f"{args.out}: {args.format}, from {run.checkpoint_dir}")
+    if parts:
+        print(f"maximum difference from the model: {differences}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vae_scale.errors import UserError, cli_main
+
+if TYPE_CHECKING:
+    from vae_scale.data.packing import Source
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,8 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="PATH",
-        help="stl10: folder of the binaries, or stl10_binary.tar.gz; folder: tree of images; "
-        "photos: folder to write the crops to (default: OUT/stl10_binary)",
+        help="stl10: folder of the binaries, or stl10_binary.tar.gz, which is extracted beside it; folder: tree of images",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the shards or of index.json; for --inspect, the PNG")
     parser.add_argument(
@@ -86,6 +89,19 @@ def _pack(args: argparse.Namespace) -> None:
     if args.out is None:
         raise UserError("--out DIR is missing: the folder of the shards")
     part = Part.parse(args.part) if args.part else Part()
+    source = _open_source(args)
+    name = args.source
+    if args.source == "folder":
+        name = re.sub(r"[\W_]", "-", args.data.resolve().name.lower()) or "folder"
+    options = PackOptions(name, args.encoding, args.images_per_shard, args.limit)
+    written = pack(source, args.out, options, args.workers, part)
+    if part.count > 1:
+        print(f"{args.out}: part {part} {'packed' if written else 'already complete'}; after the last part: --merge {args.out}")
+    else:
+        _print_summary(args.out, "packed" if written else "already complete:")
+
+
+def _open_source(args: argparse.Namespace) -> "Source":
     default = "train,test" if args.source == "folder" else "train,unlabeled,test"
     splits = [name.strip() for name in (args.splits or default).split(",") if name.strip()]
     for split in splits:
@@ -96,52 +112,30 @@ def _pack(args: argparse.Namespace) -> None:
 
         if args.data is None:
             raise UserError("--data PATH is missing: the folder of images")
-        source = open_folder(args.data, splits, args.resolution or 96)
-        name = re.sub(r"[\W_]", "-", args.data.resolve().name.lower()) or "folder"
-    else:
-        from vae_scale.data.stl10 import open_stl10
-
-        source, name = open_stl10(_prepare_stl10(args, part.number == 1), splits), args.source
-    options = PackOptions(name, args.encoding, args.images_per_shard, args.limit)
-    written = pack(source, args.out, options, args.workers, part)
-    if part.count > 1:
-        print(f"{args.out}: part {part} {'packed' if written else 'already complete'}; after the last part: --merge {args.out}")
-    else:
-        _print_summary(args.out, "packed" if written else "already complete:")
-
-
-def _prepare_stl10(args: argparse.Namespace, is_first_part: bool) -> Path:
-    """Returns the folder or archive of STL-10 or of the photographs, downloaded or written if necessary."""
-    from vae_scale.data.stl10 import SIDE, download
-
-    if args.resolution not in (None, SIDE):
-        raise UserError(f"--resolution {args.resolution}: STL-10 is {SIDE}x{SIDE}; use --source folder for other sizes")
-    data: Path | None = args.data
+        return open_folder(args.data, splits, args.resolution or 96)
+    if args.resolution not in (None, 96):
+        raise UserError(f"--resolution {args.resolution}: {args.source} is 96x96; use --source folder for other sizes")
     if args.source == "photos":
-        from vae_scale.data.photos import write_photos
+        from vae_scale.data.photos import open_photos
 
-        data = data or args.out / "stl10_binary"
-        if not is_first_part and not data.exists():
-            raise UserError(
-                f"--part {args.part}: part 1 writes the crops to {data}; run it first, or give their folder with --data"
-            )
-        write_photos(data)
-    elif args.download:
+        if args.data is not None:
+            raise UserError(f"--data {args.data}: --source photos reads the photographs of scikit-image; omit --data")
+        return open_photos(splits)
+    from vae_scale.data.stl10 import download, open_stl10
+
+    data = args.data
+    if args.download:
         data = download(data or args.out.parent)
-    elif data is None:
+    if data is None:
         raise UserError("--data PATH is missing: STL-10's folder or archive; or add --download")
-    return data
+    return open_stl10(data, splits)
 
 
 def _merge(folder: Path, workers: int) -> None:
     from vae_scale.data.parts import merge
 
     status = "already complete:" if (folder / "index.json").exists() else "merged"
-    problems = merge(folder, workers)
-    for problem in problems:
-        print(problem)
-    if problems:
-        raise UserError(f"{folder}: not merged; see the lines above (problems: {len(problems):,})")
+    merge(folder, workers)
     _print_summary(folder, status)
 
 
@@ -168,7 +162,7 @@ def _inspect(location: str, out: Path | None) -> None:
     from vae_scale.data.shards import ShardSet
 
     shards = ShardSet.open(location)
-    sheet = out or (Path(shards.location) if shards.storage.is_local else Path()) / "contact_sheet.png"
+    sheet = out or (Path(shards.location) if shards.is_local else Path()) / "contact_sheet.png"
     print(describe(shards))
     write_contact_sheet(shards, sheet)
     print(f"\ncontact sheet: {sheet}")

@@ -93,8 +93,8 @@ def _sample(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelerato
     """Writes the requested images. Returns a description of them."""
     from PIL import Image
 
-    from vae_scale.evaluation.image_grids import render_grid, save_gif, save_grid, to_uint8
-    from vae_scale.evaluation.sampling import sample_images, save_images
+    from vae_scale.evaluation.image_grids import render_grid, save_gif, save_grid, save_images, to_uint8
+    from vae_scale.evaluation.sampling import sample_images
     from vae_scale.models.vae import SamplingConfig
 
     model, dist = run.model, run.dist

@@ -6,15 +6,16 @@ Requires `pip install -e ".[bench]"` for litdata and MosaicML Streaming; FFCV is
 """
 
 import argparse
-import functools
 import hashlib
 import itertools
 import math
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ from loader_peers import Peer, peers
 from torch import Tensor
 from tqdm import tqdm
 
-from vae_scale.bench import add_measuring_options, check_positive
-from vae_scale.benchmark.data import LIMIT, Tasks, gather_limit_tasks, measure_throughput, stream_tasks
-from vae_scale.benchmark.measuring import Row, alternate, machine, markdown, table, write_report
+from vae_scale.bench import add_data_options
+from vae_scale.benchmark.data import LIMIT, gather_limit, load_images, measure_stream
+from vae_scale.benchmark.measuring import Report, Speeds, alternate, markdown, print_report
 from vae_scale.data.images import Images, Rows
 from vae_scale.data.packing import PackOptions, Source, pack
 from vae_scale.data.plan import Plan
@@ -56,66 +57,49 @@ class ShuffleQuality:
     same_shard: float
 
 
-@dataclass
-class LoaderReport:
-    """Throughput of all loaders.
-
-    Attributes:
-        rows: Images per second.
-        ratios: `of_gather_limit`, and the stream over the fastest loader of each library.
-        shuffle: Quality of shuffle windows.
-        missing: Libraries that cannot be measured, with the reason.
-    """
-
-    rows: list[Row]
-    ratios: dict[str, float]
-    shuffle: list[ShuffleQuality]
-    missing: dict[str, str]
-
-
-def measure(shards: ShardSet, batch: int, repeats: int, scratch: Path) -> LoaderReport:
+def measure(shards: ShardSet, batch: int, repeats: int, scratch: Path) -> tuple[Report, dict[str, str]]:
     """Measures all loaders, after checking that each returns every image of the set once per epoch.
+
+    Returns:
+        The report, whose ratios are `of_gather_limit` and the stream over the fastest loader of each library; and the
+        libraries that cannot be measured, with the reason.
 
     Raises:
         UserError: there are too few images, or a loader returns other images.
     """
-    if len(shards) < 2 * batch:
-        raise UserError(f"{shards.location}: {len(shards):,} images are too few to measure batches of {batch}")
-    images = shards.load_images(np.arange(len(shards)))
-    tasks = gather_limit_tasks(images, batch) | stream_tasks(shards, batch)
+    images = load_images(shards, batch)
     check_stream(shards, images, batch)
+    tasks = {LIMIT: partial(gather_limit, images, batch), stream_name(shards): partial(measure_stream, shards, batch)}
     if shards.encoding == "npy":
         for encoding in COMPACT_ENCODINGS:
             packed = pack_images(images, scratch, encoding)
             check_stream(packed, images, batch, MAX_JPEG_DIFFERENCE if encoding == "jpg" else 0.0)
-            tasks |= compact_stream_task(packed, batch)
-    rows = alternate(tasks, repeats, "measuring the stream")
+            tasks[stream_name(packed)] = partial(measure_compact_stream, packed, batch)
+    speeds = alternate(tasks, repeats)
     # Measured last, since threads left running by some loaders would slow down the stream.
     loaders, missing = peers(images, scratch, batch)
     for peer in tqdm(loaders, "checking images", unit=" loaders"):
         check_peer(peer, images)
-    rows |= alternate({peer.name: functools.partial(measure_epoch, peer) for peer in loaders}, repeats, "measuring others")
-    sizes = [shard.samples for shard in shards.shards]
-    windows = [*(window for window in SHUFFLE_WINDOWS if window < len(sizes)), len(sizes)]
-    return LoaderReport(
-        list(rows.values()), compare(rows, loaders, shards.encoding), shuffle_quality(sizes, batch, windows), missing
-    )
+    speeds |= alternate({peer.name: partial(measure_epoch, peer) for peer in loaders}, repeats)
+    details = {"images": len(images), "shards": len(shards.shards), "batch": batch}
+    return Report(details, speeds, compare(speeds, loaders, stream_name(shards))), missing
 
 
-def compact_stream_task(shards: ShardSet, batch: int) -> Tasks:
-    """Returns the task of the stream over compressed shards, which starts cold so that decoding ahead is included."""
+def stream_name(shards: ShardSet) -> str:
+    """Returns the name of the stream over shards in tables."""
+    return f"vae_scale, {shards.encoding}"
 
-    def run() -> float:
-        stream = Stream(shards, batch, seed=0, window=COMPACT_WINDOW)
-        return measure_throughput((batch for _ in stream), images=EPOCHS * len(shards))
 
-    return {f"vae_scale, {shards.encoding}": run}
+def measure_compact_stream(shards: ShardSet, batch: int) -> float:
+    """Returns images per second of the stream over compressed shards, which starts cold so that decoding ahead is included."""
+    batches = itertools.islice(Stream(shards, batch, seed=0, window=COMPACT_WINDOW), EPOCHS * len(shards) // batch)
+    return measure_speed(len(batch.images) for batch in batches)
 
 
 def pack_images(images: Images, scratch: Path, encoding: str) -> ShardSet:
     """Packs images into shards with another encoding."""
     out = scratch / f"{hashlib.sha256(images.data).hexdigest()[:12]}-{encoding}"
-    pack(Source([_InMemorySplit("train", images)], [], dict), out, PackOptions("vae_scale", encoding), os.cpu_count() or 1)
+    pack(Source([_InMemorySplit("train", images)], [], {}), out, PackOptions("vae_scale", encoding), os.cpu_count() or 1)
     return ShardSet.open(out)
 
 
@@ -138,7 +122,7 @@ def check_stream(shards: ShardSet, images: Images, batch: int, tolerance: float 
     """Raises UserError unless an epoch of the stream holds all images, to a mean absolute difference of `tolerance`."""
     batches = ((batch.images, batch.rows) for batch in Stream(shards, batch, seed=0))
     num_batches = -(-len(shards) // batch)
-    check_images(f"vae_scale, {shards.encoding}", itertools.islice(batches, num_batches), images, tolerance)
+    check_images(stream_name(shards), itertools.islice(batches, num_batches), images, tolerance)
 
 
 def check_peer(peer: Peer, images: Images) -> None:
@@ -164,20 +148,24 @@ def measure_epoch(peer: Peer) -> float:
     """Returns images per second of an epoch, after its first batch."""
     sizes = (len(numbers) for _, numbers in peer.epoch())
     next(sizes)
+    return measure_speed(sizes)
+
+
+def measure_speed(sizes: Iterator[int]) -> float:
+    """Returns images per second of batches of the given sizes."""
     begin = time.perf_counter()
     return sum(sizes) / (time.perf_counter() - begin)
 
 
-def compare(rows: dict[str, Row], loaders: Sequence[Peer], encoding: str) -> dict[str, float]:
+def compare(speeds: Speeds, loaders: Sequence[Peer], stream: str) -> dict[str, float]:
     """Returns the ratios of the stream to the gather limit, to the best loader of each library, and to webdataset."""
 
     def best(*prefixes: str) -> float:
-        return max((row.median for row in rows.values() if row.name.startswith(prefixes)), default=math.nan)
+        return max((statistics.median(runs) for name, runs in speeds.items() if name.startswith(prefixes)), default=math.nan)
 
-    stream = rows[f"vae_scale, {encoding}"].median
-    ratios = {"of_gather_limit": stream / best(LIMIT)}
+    ratios = {"of_gather_limit": best(stream) / best(LIMIT)}
     for family in dict.fromkeys(peer.family for peer in loaders):
-        ratios[f"over_{family}"] = stream / best(*(peer.name for peer in loaders if peer.family == family))
+        ratios[f"over_{family}"] = best(stream) / best(*(peer.name for peer in loaders if peer.family == family))
     for compact in COMPACT_ENCODINGS:
         ratios[f"{compact}_over_webdataset"] = best(f"vae_scale, {compact}") / best(f"webdataset, {compact}")
     return {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
@@ -202,31 +190,25 @@ def shuffle_quality(sizes: Sequence[int], batch: int, windows: Sequence[int], ep
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv`, which defaults to `sys.argv[1:]`."""
     parser = argparse.ArgumentParser(description="Measure the stream and other loaders on the same images.")
-    parser.add_argument("--shards", required=True, metavar="DIR", help="output folder of python -m vae_scale.pack")
-    parser.add_argument("--batch", type=int, default=256, metavar="N", help="images per batch (default: 256)")
-    parser.add_argument(
-        "--scratch", type=Path, metavar="DIR", help="folder for the other formats (default: a temporary folder)"
-    )
-    add_measuring_options(parser)
+    add_data_options(parser)
+    text = "folder for the other formats (default: a temporary folder)"
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help=text)
     args = parser.parse_args(argv)
-    check_positive(args, "batch", "repeats")
     shards = ShardSet.open(args.shards)
     with tempfile.TemporaryDirectory() as temporary:
-        report = measure(shards, args.batch, args.repeats, args.scratch or Path(temporary))
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"{args.shards}: {len(shards):,} images, {len(shards.shards)} shards, {shards.encoding}; batches of {args.batch}\n")
-    print(table(report.rows))
-    print()
-    print(markdown([["ratio", ""], *([name, f"{ratio:,.2f}"] for name, ratio in report.ratios.items())]))
+        report, missing = measure(shards, args.batch, args.repeats, args.scratch or Path(temporary))
+    sizes = [shard.samples for shard in shards.shards]
+    windows = [*(window for window in SHUFFLE_WINDOWS if window < len(sizes)), len(sizes)]
+    shuffle = shuffle_quality(sizes, args.batch, windows)
+    print_report(report, args.json, missing=missing, shuffle=[asdict(quality) for quality in shuffle])
     print()
     lines = [["window (shards)", "displacement", "neighbors", "same shard"]]
-    for quality in report.shuffle:
-        window = "all" if quality.window == len(shards.shards) else str(quality.window or "random permutation")
+    for quality in shuffle:
+        window = "all" if quality.window == len(sizes) else str(quality.window or "random permutation")
         lines.append([window, f"{quality.displacement:.3f}", f"{quality.neighbors:.5f}", f"{quality.same_shard:.3f}"])
     print(markdown(lines))
-    for family, reason in report.missing.items():
+    for family, reason in missing.items():
         print(f"skipped {family}: {reason}")
-    write_report(args.json, report)
 
 
 if __name__ == "__main__":

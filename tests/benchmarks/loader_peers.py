@@ -12,24 +12,23 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from libraries import create_peers
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vae_scale.benchmark.data import InMemorySTL10
 from vae_scale.data.images import Images
 from vae_scale.data.shard_file import SAVE_OPTIONS, write_shard
-from vae_scale.data.stl10 import SIDE, write_binaries
-from vae_scale.errors import UserError, one_line
 
 WORKERS = (0, 2)
-CHUNK = 1000  # images per progress bar update, and maximum images per tar file
-REMEDIES = dict.fromkeys(("litdata", "mosaicml"), "pip install 'vae_scale[bench]'")
-REMEDIES["ffcv"] = "apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev; pip install ffcv"
+CHUNK = 1000  # maximum images per tar file
 
 
 @dataclass(frozen=True)
@@ -80,46 +79,26 @@ def peers(images: Images, scratch: Path, batch: int) -> tuple[list[Peer], dict[s
     # litdata and mosaicml return read-only views of a file, which are copied.
     warnings.filterwarnings("ignore", "The given (NumPy array|buffer) is not writable")
     folder = scratch / hashlib.sha256(images.data).hexdigest()[:16]
-    loaders: list[Peer] = []
-    missing: dict[str, str] = {}
-    for family in (_torchvision, _webdataset, _litdata, _mosaicml, _ffcv):
-        name = family.__name__.removeprefix("_")
-        try:
-            with _restore_torch_threads():
-                loaders += family(images, folder / name, batch)
-        except UserError as error:
-            missing[name] = str(error)
-        except ImportError as error:
-            missing[name] = f"{one_line(error)}: {REMEDIES.get(name, 'pip install -U vae_scale')}"
-    return loaders, missing
+    families = {
+        "torchvision": _torchvision,
+        "webdataset": _webdataset,
+        "litdata": _litdata,
+        "mosaicml": _mosaicml,
+        "ffcv": _ffcv,
+    }
+    with _restore_torch_threads():
+        return create_peers({name: partial(family, images, folder / name, batch) for name, family in families.items()})
 
 
 def _torchvision(images: Images, folder: Path, batch: int) -> list[Peer]:
-    from torchvision.datasets import STL10
     from torchvision.transforms import Compose, Normalize, ToTensor
 
-    if images.shape[1:3] != (SIDE, SIDE):
-        raise UserError(f"its STL10 reads only images of {SIDE}x{SIDE}, not {images.shape[1]}x{images.shape[2]}")
-
-    class Unchecked(STL10):  # type: ignore[misc]
-        def _check_integrity(self) -> bool:
-            return True  # only the official files pass its md5 check
-
-    def write(folder: Path) -> None:
-        starts = tqdm(range(0, len(images), CHUNK), "writing STL-10 binaries")
-        chunks = ((images[start : start + CHUNK], list[int]()) for start in starts)
-        write_binaries(folder / "stl10_binary", {"unlabeled": chunks}, ["none"])
-
-    root = _write_once(folder, write)
-
     @functools.cache
-    def samples() -> _Numbered:
-        transform = Compose([ToTensor(), Normalize(0.5, 0.5)])
-        stl10 = Unchecked(str(root), split="unlabeled", transform=transform)
-        return _Numbered(len(stl10), lambda number: stl10[number][0])
+    def stl10() -> Dataset[Any]:
+        return InMemorySTL10(images, Compose([ToTensor(), Normalize(0.5, 0.5)]))
 
     def loader(workers: int) -> Iterable[Any]:
-        return DataLoader(samples(), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+        return DataLoader(stl10(), batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
     return [_peer("torchvision", "STL10", workers, loader, _from_normalized) for workers in WORKERS]
 
@@ -162,8 +141,8 @@ def _webdataset(images: Images, folder: Path, batch: int) -> list[Peer]:
     for name in names:
         encoding = name[:3]
         decoder, pixels = (faster, _from_planes) if "torchvision" in name else ("rgb8", _identity)
-        make = functools.partial(loader, encoding, decoder)
-        _write_once(folder / encoding, functools.partial(write, encoding))
+        make = partial(loader, encoding, decoder)
+        _write_once(folder / encoding, partial(write, encoding))
         loaders += [_peer("webdataset", name, workers, make, pixels, encoding != "jpg") for workers in WORKERS]
     return loaders
 
@@ -191,9 +170,9 @@ def _litdata(images: Images, folder: Path, batch: int) -> list[Peer]:
 
     # The README recommends JPEG for images. Arrays need no decoding, and are read faster than tensors.
     for sample in (array, jpg):
-        _write_once(folder / sample.__name__, functools.partial(write, sample))
+        _write_once(folder / sample.__name__, partial(write, sample))
     return [
-        _peer("litdata", name, workers, functools.partial(loader, name), pixels, lossless=name == "array")
+        _peer("litdata", name, workers, partial(loader, name), pixels, lossless=name == "array")
         for name, pixels in (("array", _identity), ("jpg", _from_planes))
         for workers in WORKERS
     ]

@@ -16,7 +16,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from vae_scale.bench import add_measuring_options, check_positive, parse_training_options
+from vae_scale.bench import add_measuring_options, parse_training_options
 from vae_scale.benchmark.measuring import markdown
 from vae_scale.benchmark.training import count_flops
 from vae_scale.config.options import Config
@@ -255,7 +255,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(name, type=type(default), default=default, metavar="N", help=text)
     add_measuring_options(parser)
     args, training_options = parser.parse_known_args(argv)
-    check_positive(args, "repeats")
     config = parse_training_options(training_options)
     if args.step_ms is None and args.tflops is None:
         import two_processes

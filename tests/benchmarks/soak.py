@@ -24,13 +24,12 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from vae_scale.data.stl10 import write_binaries
 from vae_scale.pack import main as pack
 
 TESTS = Path(__file__).parents[1]
 sys.path.insert(0, str(TESTS))
 
-from conftest import CLASSES, COUNTS, TINY, discs  # noqa: E402
+from conftest import COUNTS, TINY, write_discs  # noqa: E402
 
 from launch import command, environment  # noqa: E402
 
@@ -269,12 +268,7 @@ def _losses(run: Path) -> list[tuple[int, float, float]]:
 
 def pack_discs(folder: Path) -> Path:
     """Packs a small set of synthetic images of discs."""
-    binaries, out = folder / "stl10_binary", folder / "shards"
-    splits = {
-        name: iter([(discs(count, seed), [row % 10 for row in range(count)])])
-        for seed, (name, count) in enumerate(COUNTS.items())
-    }
-    write_binaries(binaries, splits, CLASSES)
+    binaries, out = write_discs(folder / "stl10_binary"), folder / "shards"
     pack(["--source=stl10", f"--data={binaries}", f"--out={out}", "--images-per-shard=25", "--workers=1"])
     return out
 

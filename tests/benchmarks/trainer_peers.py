@@ -5,7 +5,6 @@ these loops faster. Gradients are clipped where the library's example does.
 """
 
 import contextlib
-import copy
 import io
 import itertools
 import logging
@@ -14,23 +13,25 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
+from libraries import create_peers
+from plain_network import Loss, plain
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, RandomSampler, Subset
 
-from vae_scale.benchmark.measuring import Row, synchronize
+from vae_scale.benchmark.data import InMemorySTL10
+from vae_scale.benchmark.measuring import Speeds, synchronize
+from vae_scale.benchmark.training import DTYPES, TRAIN
 from vae_scale.config.options import Config
 from vae_scale.data.images import Images
-from vae_scale.data.stl10 import SIDE, write_binaries
-from vae_scale.errors import UserError, one_line
-from vae_scale.models.blocks import Downsample, Upsample
+from vae_scale.errors import UserError
 from vae_scale.models.hierarchical import HierarchicalVAE
 from vae_scale.models.kl import KLVAE
 from vae_scale.models.networks import build_model
@@ -39,8 +40,7 @@ from vae_scale.training.trainer import Trainer
 
 IMAGES = 2_000  # training images of the peers, rounded down to full batches
 MIN_STEPS = 6  # per run; the first is not measured
-REMEDY = "pip install 'vae_scale[bench]'"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NUM_WORKERS = os.cpu_count() or 1
 
 OnStepEnd = Callable[[Tensor], None]  # called with the loss, a scalar
 
@@ -111,15 +111,11 @@ def peers(trainer: Trainer, seconds: float, scratch: Path, families: Sequence[st
         UserError: the trainer trains a prior or uses a discriminator, there are too few images, or a library is unknown.
     """
     config, train_set = trainer.config, trainer.train_set
-    known = {setup.__name__.removeprefix("_"): setup for setup in (_notebook, _torch, _lightning, _diffusers, _pythae)}
+    known = {"notebook": _notebook, "torch": _torch, "lightning": _lightning, "diffusers": _diffusers, "pythae": _pythae}
     if unknown := set(families) - set(known):
         raise UserError(f"--peers has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
     if config.prior.vae is not None or config.objective.uses_discriminator:
-        raise UserError(
-            "--peers requires the training of a VAE without prior.vae, objective.adversarial_weight and .perceptual"
-        )
-    if train_set.image_shape[:2] != (SIDE, SIDE):
-        raise UserError(f"--peers reads STL-10 binaries, so the images must be {SIDE}x{SIDE}")
+        raise UserError("--peers requires a VAE without prior.vae, objective.adversarial_weight and .perceptual")
     batch = config.train.global_batch_size
     count = min(len(train_set), max(IMAGES, batch)) // batch * batch
     if not count:
@@ -127,88 +123,26 @@ def peers(trainer: Trainer, seconds: float, scratch: Path, families: Sequence[st
     images = train_set.load_images(np.arange(count))
     mixed, compiled = trainer.accelerator.mixed_precision, trainer.forward is not trainer.objective
     common = _Common(config, images, scratch, trainer.device, mixed, compiled, seconds)
-    common.write()
-    loops: list[Peer] = []
-    missing: dict[str, str] = {}
-    for name in families or known:
-        try:
-            with _quiet():
-                loops += known[name](common)
-        except UserError as error:
-            missing[name] = str(error)
-        except ImportError as error:
-            missing[name] = f"{one_line(error)}: {REMEDY}"
-    return loops, missing
+    with _quiet():
+        return create_peers({name: partial(known[name], common) for name in families or known})
 
 
-def compare(speed: float, loops: list[Peer], rows: Mapping[str, Row]) -> tuple[dict[str, float], dict[str, str]]:
+def compare(loops: list[Peer], speeds: Speeds) -> tuple[dict[str, float], dict[str, str]]:
     """Returns the speed of the trainer over the best of each library and over the fastest loop; and loops that do not learn.
 
     Args:
-        speed: Images per second of the trainer.
         loops: Loops after their runs.
-        rows: Their measurements, by name.
+        speeds: Their measurements and those of the trainer.
     """
     not_learning = {peer.name: "does not learn: its loss did not decrease" for peer in loops if not peer.learns}
     best: dict[str, float] = {}
     for peer in loops:
         if peer.name not in not_learning:
-            best[peer.family] = max(best.get(peer.family, 0.0), rows[peer.name].median)
-    ratios = {f"over_{family}": speed / peer_speed for family, peer_speed in best.items()}
+            best[peer.family] = max(best.get(peer.family, 0.0), statistics.median(speeds[peer.name]))
+    ratios = {f"over_{family}": statistics.median(speeds[TRAIN]) / speed for family, speed in best.items()}
     if ratios:
         ratios["over_fastest_peer"] = min(ratios.values())
     return ratios, not_learning
-
-
-def plain(model: VAE) -> VAE:
-    """Returns an equivalent copy with layers of torch.nn (GroupNorm, PixelShuffle, PixelUnshuffle), in contiguous memory."""
-    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.GroupNorm):
-                norm = nn.GroupNorm(layer.num_groups, layer.num_channels, layer.eps)
-                norm.load_state_dict(layer.state_dict())
-                setattr(parent, name, norm.to(layer.weight.device))
-            elif isinstance(layer, Downsample):
-                setattr(parent, name, _fold(layer.proj, 2))
-            elif isinstance(layer, Upsample):
-                setattr(parent, name, _unfold(layer.proj, 2))
-    if model.config.network in ("resnet", "hierarchical"):
-        encoder: Any = model.encoder
-        decoder: Any = model.decoder
-        encoder.stem, decoder.head = _fold(encoder.stem, encoder.patch), _unfold(decoder.head, decoder.patch)
-        encoder.patch = decoder.patch = 1  # disables folding in the networks
-    return model
-
-
-def _fold(layer: nn.Conv2d, side: int) -> nn.Module:
-    """Prepends PixelUnshuffle, which orders channels by color, then position; space_to_depth orders by position, then color."""
-    weight = rearrange(layer.weight.detach(), "o (p q c) h w -> o (c p q) h w", p=side, q=side)
-    layer.weight = nn.Parameter(weight.contiguous())
-    return nn.Sequential(nn.PixelUnshuffle(side), layer)
-
-
-def _unfold(layer: nn.Conv2d, side: int) -> nn.Module:
-    assert layer.bias is not None
-    weight = rearrange(layer.weight.detach(), "(p q c) i h w -> (c p q) i h w", p=side, q=side)
-    bias = rearrange(layer.bias.detach(), "(p q c) -> (c p q)", p=side, q=side)
-    layer.weight, layer.bias = nn.Parameter(weight.contiguous()), nn.Parameter(bias.contiguous())
-    return nn.Sequential(layer, nn.PixelShuffle(side))
-
-
-class Loss(nn.Module):
-    """The negative ELBO in nats per image."""
-
-    def __init__(self, model: VAE) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Maps images [b, 3, h, w] in [0, 1] to a scalar. `noise`, [b, *latent_shape], is drawn from N(0, I) by default."""
-        if noise is None:
-            noise = torch.randn(len(images), *self.model.latent_shape, device=images.device)
-        terms: Tensor = self.model(2 * images - 1, noise).elbo
-        return -terms.mean()
 
 
 @dataclass
@@ -223,24 +157,15 @@ class _Common:
     compiled: bool  # whether to compile loops whose documentation recommends it, as the trainer is compiled
     seconds: float
 
-    def write(self) -> None:
-        chunks = iter([(self.images, list[int]())])
-        write_binaries(self.scratch / "stl10_binary", {"unlabeled": chunks}, ["none"])
-
     def network(self) -> VAE:
-        return plain(build_model(self.config.model, SIDE)).to(self.device)
+        return plain(build_model(self.config.model, self.images.shape[1])).to(self.device)
 
     def loader(self, workers: int, *transforms: Any) -> "DataLoader[Any]":
         """Shuffled batches of torchvision's STL10, with `transforms` after ToTensor."""
-        from torchvision.datasets import STL10
         from torchvision.transforms import Compose, RandomHorizontalFlip, ToTensor
 
-        class Unchecked(STL10):  # type: ignore[misc]
-            def _check_integrity(self) -> bool:
-                return True  # only the official files pass its md5 check
-
         flip = [RandomHorizontalFlip()] if self.config.data.horizontal_flip else []
-        stl10 = Unchecked(str(self.scratch), split="unlabeled", transform=Compose([*flip, ToTensor(), *transforms]))
+        stl10 = InMemorySTL10(self.images, Compose([*flip, ToTensor(), *transforms]))
         pinned = workers > 0 and self.device.type == "cuda"
         settings: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pinned}
         return DataLoader(stl10, self.config.train.global_batch_size, shuffle=True, **settings)
@@ -276,7 +201,7 @@ def _torch(common: _Common) -> list[Peer]:
         name = "channels_last" if layout == torch.channels_last else "contiguous"
         return common.peer("torch", f"its tuning guide, {name}, {workers} workers", loss_fn, train)
 
-    return [peer(torch.channels_last, _cores()), peer(torch.contiguous_format, 0)]
+    return [peer(torch.channels_last, NUM_WORKERS), peer(torch.contiguous_format, 0)]
 
 
 def _loop(
@@ -292,7 +217,7 @@ def _loop(
     scaler = torch.amp.GradScaler(kind, enabled=common.mixed == "fp16")
 
     def train(steps: int, on_step_end: OnStepEnd) -> None:
-        for images, _ in itertools.islice(_endless(loader), steps):
+        for images, _ in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), steps):
             images = images.to(common.device, non_blocking=True).to(memory_format=layout)
             with torch.autocast(kind, DTYPES.get(common.mixed), enabled=common.mixed != "no"):
                 loss = loss_fn(images)
@@ -346,7 +271,7 @@ def _lightning(common: _Common) -> list[Peer]:
 
         return common.peer("lightning", f"Trainer, {workers} workers", module, train)
 
-    return [peer(workers) for workers in (0, _cores())]
+    return [peer(workers) for workers in (0, NUM_WORKERS)]
 
 
 def _diffusers(common: _Common) -> list[Peer]:
@@ -355,7 +280,7 @@ def _diffusers(common: _Common) -> list[Peer]:
     The example has an option for the number of workers, 0 by default. Unlike there, images are read by torchvision's STL10
     instead of decoded from PNG, and weights stay fp32 under autocast instead of being converted to bf16.
     """
-    model = build_model(common.config.model, SIDE)
+    model = build_model(common.config.model, common.images.shape[1])
     if not isinstance(model, KLVAE):
         raise UserError("its AutoencoderKL is a different network; use --model.network=kl")
     from accelerate import Accelerator
@@ -371,7 +296,7 @@ def _diffusers(common: _Common) -> list[Peer]:
         loader = accelerator.prepare(common.loader(workers, Normalize([0.5], [0.5])))
 
         def train(steps: int, on_step_end: OnStepEnd) -> None:
-            for images, _ in itertools.islice(_endless(loader), steps):
+            for images, _ in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), steps):
                 with accelerator.accumulate(vae):
                     with accelerator.autocast():
                         posterior = accelerator.unwrap_model(vae).encode(images).latent_dist
@@ -388,7 +313,7 @@ def _diffusers(common: _Common) -> list[Peer]:
 
         return common.peer("diffusers", f"AutoencoderKL with Accelerate, {workers} workers", vae, train)
 
-    return [peer(workers) for workers in (0, _cores())]
+    return [peer(workers) for workers in (0, NUM_WORKERS)]
 
 
 def _pythae(common: _Common) -> list[Peer]:
@@ -426,7 +351,7 @@ def _pythae(common: _Common) -> list[Peer]:
         def forward(self, latents: Tensor, levels: None = None) -> Any:
             return ModelOutput(reconstruction=(self.vae.decode(latents.unflatten(1, network.latent_shape)) + 1) / 2)
 
-    settings = VAEConfig(input_dim=(3, SIDE, SIDE), latent_dim=math.prod(network.latent_shape))
+    settings = VAEConfig(input_dim=(3, *common.images.shape[1:3]), latent_dim=math.prod(network.latent_shape))
     model = PythaeVAE(settings, encoder=Encoder(), decoder=Decoder())
     amp = common.device.type == "cuda" and common.mixed != "no"
     training = BaseTrainerConfig(
@@ -437,8 +362,7 @@ def _pythae(common: _Common) -> list[Peer]:
         amp=amp,
         no_cuda=common.device.type == "cpu",
     )
-    processor = DataProcessor()
-    dataset = processor.to_dataset(processor.process_data(torch.from_numpy(common.images).permute(0, 3, 1, 2) / 255))
+    dataset = DataProcessor.to_dataset(torch.from_numpy(common.images).permute(0, 3, 1, 2) / 255)
 
     def train(steps: int, on_step_end: OnStepEnd) -> None:
         losses: list[Tensor] = []
@@ -448,9 +372,9 @@ def _pythae(common: _Common) -> list[Peer]:
                 on_step_end(losses[-1])
 
         count = steps * config.train.global_batch_size
-        rows = torch.cat([torch.randperm(len(dataset)) for _ in range(-(-count // len(dataset)))])[:count]
+        rows = list(RandomSampler(dataset, num_samples=count))
         with _quiet():
-            trainer = BaseTrainer(model, Subset(dataset, rows.tolist()), training_config=training, callbacks=[StepEnd()])
+            trainer = BaseTrainer(model, Subset(dataset, rows), training_config=training, callbacks=[StepEnd()])
             trainer.prepare_training()
             hook = model.register_forward_hook(lambda _, inputs, output: losses.append(output.loss.detach()))
             try:
@@ -459,15 +383,6 @@ def _pythae(common: _Common) -> list[Peer]:
                 hook.remove()
 
     return [common.peer("pythae", f"BaseTrainer, {'fp16' if amp else 'fp32'}", model, train)]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _endless(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 @contextlib.contextmanager

@@ -11,17 +11,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scaling import Cluster, Job, Link, Prediction, predict, size
 
-from vae_scale.benchmark.measuring import Row, alternate, machine, markdown, table, write_report
+from vae_scale.benchmark import training
+from vae_scale.benchmark.measuring import Report, alternate, print_report
 from vae_scale.config.options import Config
 from vae_scale.errors import UserError
 
-SECONDS = 3.0  # approximate duration of a run
-MIN_STEPS = 4  # per run
 WORKER = [str(Path(__file__).with_name("pinned_worker.py"))]
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2", "--main_process_port=0"]
 LAUNCH += ["--mixed_precision=no", "--dynamo_backend=no"]
@@ -29,28 +28,25 @@ ALONE, TOGETHER = "two processes, each alone", "two processes together"
 EXIT_TIMEOUT = 30  # seconds before a process that does not exit is terminated
 
 
-@dataclass
-class Report:
-    """Efficiency of two processes.
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured on two processes, and the prediction from it.
 
     Attributes:
-        rows: Images per second of both processes.
-        ratios: `two_process_efficiency`, the median ratio of consecutive runs together and alone; `predicted_efficiency`.
+        report: Images per second of both; `two_process_efficiency`, the median ratio of consecutive runs together and alone;
+            `predicted_efficiency`.
         job: Measurements of the independent processes.
         link: Measured latency and bandwidth of all-reduce.
         predicted: Prediction for two processes from `job` and `link`.
-        steps: Steps per run.
     """
 
-    rows: list[Row]
-    ratios: dict[str, float]
+    report: Report
     job: Job
     link: Link
     predicted: Prediction
-    steps: int
 
 
-def measure(options: Sequence[str], batch: int, gradient_bytes: int, repeats: int) -> Report:
+def measure(options: Sequence[str], batch: int, gradient_bytes: int, repeats: int) -> Measurement:
     """Measures training on two cores, by two data-parallel processes and by two independent ones.
 
     All four processes are started first and then measured alternately, so that other load affects both equally.
@@ -79,11 +75,11 @@ def measure(options: Sequence[str], batch: int, gradient_bytes: int, repeats: in
         return _measure(alone, together, batch, gradient_bytes, repeats)
 
 
-def _measure(alone: "_Group", together: "_Group", batch: int, gradient_bytes: int, repeats: int) -> Report:
+def _measure(alone: "_Group", together: "_Group", batch: int, gradient_bytes: int, repeats: int) -> Measurement:
     for group in (alone, together):
-        group.call("advance", MIN_STEPS)  # the first steps are slow
-    step_seconds = statistics.median(alone.call("advance", MIN_STEPS)[0])
-    steps = max(MIN_STEPS, math.ceil(SECONDS / step_seconds))
+        group.call("advance", training.MIN_STEPS)  # the first steps are slow
+    step_seconds = statistics.median(alone.call("advance", training.MIN_STEPS)[0])
+    steps = max(training.MIN_STEPS, math.ceil(training.SECONDS / step_seconds))
     durations: list[float] = []
 
     def run_alone() -> float:
@@ -94,7 +90,7 @@ def _measure(alone: "_Group", together: "_Group", batch: int, gradient_bytes: in
     def run_together() -> float:
         return steps * batch / max(map(sum, together.call("advance", steps)))
 
-    rows = alternate({ALONE: run_alone, TOGETHER: run_together}, repeats, "measuring")
+    speeds = alternate({ALONE: run_alone, TOGETHER: run_together}, repeats)
     latency, total = (statistics.median(together.call("exchange", size)[0]) for size in (4, gradient_bytes))
     # All-reduce of two processes sends 2 messages of half the bytes each.
     link = Link(gradient_bytes / max(total - latency, 1e-9), latency / 2)
@@ -104,9 +100,9 @@ def _measure(alone: "_Group", together: "_Group", batch: int, gradient_bytes: in
     job = Job(mean, batch // 2, gradient_bytes, draw_seconds, deviation=statistics.stdev(durations) / mean)
     # On CPUs, communication and computation use the same cores, so they do not overlap.
     predicted = predict(2, job, Cluster(2, link, link, overlap=0.0))
-    measured = statistics.median(a / b for a, b in zip(rows[TOGETHER].runs, rows[ALONE].runs, strict=True))
+    measured = statistics.median(a / b for a, b in zip(speeds[TOGETHER], speeds[ALONE], strict=True))
     ratios = {"two_process_efficiency": measured, "predicted_efficiency": predicted.efficiency}
-    return Report(list(rows.values()), ratios, job, link, predicted, steps)
+    return Measurement(Report({"batch": batch, "steps": steps}, speeds, ratios), job, link, predicted)
 
 
 class _Group:
@@ -182,16 +178,11 @@ def _wait(process: "subprocess.Popen[bytes]") -> None:
 
 def run(config: Config, training_options: Sequence[str], repeats: int, path: Path | None) -> None:
     """Measures and prints the efficiency of two processes."""
-    report = measure(training_options, config.train.global_batch_size, size(config).gradient_bytes, repeats)
-    job, predicted = report.job, report.predicted
-    print(", ".join(f"{name} {value}" for name, value in machine().items()))
-    print(f"{job.images} images per step and process; {report.steps} steps per run\n")
-    print(table(report.rows))
-    print()
-    print(markdown([["ratio", ""], *([name, f"{ratio:.3f}"] for name, ratio in report.ratios.items())]))
+    measured = measure(training_options, config.train.global_batch_size, size(config).gradient_bytes, repeats)
+    job, link, predicted = measured.job, measured.link, measured.predicted
+    print_report(measured.report, path, job=asdict(job), link=asdict(link), predicted=asdict(predicted))
     print(f"\na step alone takes {1e3 * job.step_seconds:,.1f} ms, with a deviation of {job.deviation:.1%}; ", end="")
-    print(f"{job.gradient_bytes / 2**20:,.1f} MiB of gradients at {report.link.bytes_per_second / 1e9:,.2f} GB/s, ", end="")
-    print(f"latency {1e6 * report.link.seconds:,.0f} us")
+    print(f"{job.gradient_bytes / 2**20:,.1f} MiB of gradients at {link.bytes_per_second / 1e9:,.2f} GB/s, ", end="")
+    print(f"latency {1e6 * link.seconds:,.0f} us")
     lost = ", ".join(f"{1e3 * seconds:,.1f} ms ({name})" for name, seconds in predicted.lost.items())
     print(f"predicted overhead of a step of both: {lost}")
-    write_report(path, report)

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,10 @@ from processes import Settings, serve
 
 from vae_scale.benchmark import measuring
 from vae_scale.data.images import Images
-from vae_scale.data.stl10 import write_binaries
 from vae_scale.pack import main as pack
+
+sys.path.append(str(Path(__file__).parents[1]))
+from stl10_binaries import write_binaries
 
 QUERY = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit", "memory.total")
 OPTIONAL = ("wandb", "webdataset", "diffusers", "efficientnet_lite_pytorch", "plotly")
@@ -42,11 +46,13 @@ def hardware(settings: Settings) -> tuple[str, dict[str, Any]]:
 
 def limits(settings: Settings) -> tuple[str, dict[str, Any]]:
     """Measures the throughput of matrix products in bf16 and of copies."""
+    device, size = torch.device("cuda"), 2**30  # bytes
     if settings.rehearse:
-        measuring.CEILING_SECONDS, measuring.SIZES = 0.02, {"cpu": (256, 512)}
-    tasks = measuring.ceilings(torch.device("cpu" if settings.rehearse else "cuda"), torch.bfloat16)
-    matrix, copies = (max(tasks[name]() for _ in range(2)) for name in (measuring.MATRIX, measuring.COPY))
-    return f"{matrix / 1e12:,.1f} TFLOP/s in bf16, copies at {copies / 1e9:,.0f} GB/s", {"flops": matrix, "bytes": copies}
+        device, size, measuring.SIDES = torch.device("cpu"), 2**24, {"cpu": 256}
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target, flops = torch.empty_like(source), measuring.peak_flops(device, torch.bfloat16)
+    speed = 2 * size / min(measuring.time_call(lambda: target.copy_(source), device) for _ in range(measuring.PRODUCTS))
+    return f"{flops / 1e12:,.1f} TFLOP/s in bf16, copies at {speed / 1e9:,.0f} GB/s", {"flops": flops, "bytes": speed}
 
 
 def synthetic_images(settings: Settings) -> tuple[str, dict[str, Any]]:
@@ -61,17 +67,18 @@ def synthetic_images(settings: Settings) -> tuple[str, dict[str, Any]]:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items()), counts
 
 
-def generate_images(count: int, seed: int) -> Iterator[tuple[Images, list[int]]]:
-    """Yields chunks of images of discs on gradients, uint8 [n, 96, 96, 3], and their labels."""
+def generate_images(count: int, seed: int) -> tuple[Images, list[int]]:
+    """Returns images of discs on gradients, uint8 [count, 96, 96, 3], and their labels."""
     generator = np.random.default_rng(seed)
     y, x = (np.mgrid[0:96, 0:96] / 95).astype(np.float32)
+    images = np.empty((count, 96, 96, 3), np.uint8)
     for start in range(0, count, CHUNK):
         chunk = min(CHUNK, count - start)
         first, last, disc = generator.uniform(0, 255, (3, chunk, 1, 1, 3)).astype(np.float32)
         center_x, center_y, radius = generator.uniform(0.2, 0.8, (3, chunk, 1, 1)).astype(np.float32)
         inside = (x - center_x) ** 2 + (y - center_y) ** 2 < (0.4 * radius) ** 2
-        images = np.where(inside[..., None], disc, first + (last - first) * x[..., None]).astype(np.uint8)
-        yield images, [number % 10 for number in range(chunk)]
+        images[start : start + chunk] = np.where(inside[..., None], disc, first + (last - first) * x[..., None])
+    return images, [number % 10 for number in range(count)]
 
 
 FACTS: dict[str, Callable[[Settings], tuple[str, dict[str, Any]]]] = {

@@ -4,14 +4,18 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from processes import Entry, Record, Runner, Settings, Task, serve
+
+if TYPE_CHECKING:
+    from vae_scale.data.stream import Batch
+    from vae_scale.training.trainer import Trainer
 
 PROGRAM = str(Path(__file__).resolve())
 PLAN = "quality.json"  # file in the scratch folder with the settings of the tasks
@@ -100,9 +104,15 @@ def options(name: str, settings: Settings, purpose: str = "quality") -> list[str
     return [*words, "--model.preset=base", f"--model.patch_size={patch}"]
 
 
+def time_steps(trainer: "Trainer", batches: "Iterator[Batch]", steps: int) -> float:
+    """Returns the duration of training steps in seconds."""
+    from vae_scale.benchmark.measuring import time_call
+
+    return time_call(lambda: [trainer.train_iteration(batch) for batch in islice(batches, steps)], trainer.device)
+
+
 def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
     """Trains until the planned end, with the number of images estimated from the measured speed."""
-    from vae_scale.benchmark.measuring import synchronize
     from vae_scale.config.parsing import parse
     from vae_scale.training.trainer import Trainer
 
@@ -110,19 +120,10 @@ def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
     trainer = Trainer(parse(options(name, settings))[0])
     train, calibration = trainer.config.train, 0.5 if settings.rehearse else CALIBRATION
     with closing(trainer.batches()) as batches, trainer.progress_bar():
-
-        def measure_steps(steps: int) -> float:
-            synchronize(trainer.device)
-            begin = time.perf_counter()
-            for images in islice(batches, steps):
-                trainer.train_iteration(images)
-            synchronize(trainer.device)
-            return time.perf_counter() - begin
-
-        measure_steps(3)  # compiles
+        time_steps(trainer, batches, 3)  # compiles
         steps = elapsed = 0.0
         while elapsed < calibration:
-            elapsed += measure_steps(5)
+            elapsed += time_steps(trainer, batches, 5)
             steps += 5
     speed = steps / elapsed
     left = plan["ends"][name] - time.time() - (1.0 if settings.rehearse else TAIL)
@@ -165,7 +166,7 @@ def neighbours(settings: Settings) -> tuple[str, dict[str, Any]]:
     distances = torch.cdist(downscale(samples), torch.cat([downscale(train_set.load_images(rows)) for rows in chunks]))
     nearest = distances.topk(min(NEAREST, len(train_set)), largest=False).indices.cpu().numpy()
     rows = [np.concatenate([image[None], train_set.load_images(near)]) for image, near in zip(samples, nearest, strict=True)]
-    save_grid(np.concatenate(rows), Path(plan["out"]) / NEIGHBOURS, nearest.shape[1] + 1)
+    save_grid(torch.from_numpy(np.concatenate(rows)), Path(plan["out"]) / NEIGHBOURS, nearest.shape[1] + 1)
     rms = float(distances.amin(1).mean()) / (3 * COMPARED_SIDE**2) ** 0.5
     return (
         f"nearest of {len(train_set):,} training images at {COMPARED_SIDE}x{COMPARED_SIDE} pixels, {rms:.1f} grey levels away",

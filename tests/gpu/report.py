@@ -16,7 +16,7 @@ BASE = "step, stl10, 256 images"
 COLUMNS = {
     "images_per_second": ("images/s", "{:,.0f}"),
     "mfu": ("MFU", "{:.3f}"),
-    "peak_memory_gib": ("memory (GiB)", "{:.1f}"),
+    "peak_gpu_memory_gib": ("memory (GiB)", "{:.1f}"),
     "layout_kernels_per_step": ("layout kernels per step", "{:.1f}"),
 }
 # Title, measurement, value, comparison, and bound.

@@ -3,9 +3,9 @@
 import contextlib
 import fcntl
 import importlib.util
-import itertools
 import json
 import re
+import statistics
 import sys
 import time
 from collections import Counter
@@ -39,6 +39,7 @@ from vae_scale.training.trainer import Trainer
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import compare_trainers
+import step_parts
 
 Result = tuple[str, dict[str, Any]]
 NEVER = 10**9  # images
@@ -89,31 +90,24 @@ def configuration(settings: Settings, config: str, batch: int, *more: str) -> Co
         raise Skip(str(error)) from None
 
 
-def run_bench(settings: Settings, command: str, name: str, words: list[str], repeats: int, *more: str) -> dict[str, Any]:
-    """Returns the report of `python -m vae_scale.bench COMMAND`, or of `tests/benchmarks/compare_trainers.py`."""
+def run_benchmark(main: Callable[[list[str]], None], settings: Settings, name: str, words: list[str]) -> dict[str, Any]:
+    """Returns the report of a benchmark with the command line `words`."""
     path = settings.scratch / f"{slug(name)}.bench.json"
-    benchmark.SECONDS, measuring.CEILING_SECONDS = (0.05, 0.02) if settings.rehearse else (2.0, 0.1)
+    benchmark.SECONDS = 0.05 if settings.rehearse else 2.0
     if settings.rehearse:
-        measuring.SIZES, repeats = {"cpu": (256,)}, 1
+        measuring.SIDES = {"cpu": 256}
     try:
         with exclusive_device(settings):
-            argv = [*words, f"--repeats={repeats}", f"--json={path}", *more]
-            if command == "compare":
-                compare_trainers.main(argv)
-            else:
-                bench.main([command, *argv])
+            main([*words, f"--json={path}"])
     except SystemExit as error:
-        raise RuntimeError(f"exit status of bench {command}: {error.code}") from None
+        raise RuntimeError(f"exit status of the benchmark: {error.code}") from None
     report: dict[str, Any] = json.loads(path.read_text())
     return report
 
 
-def summarize(report: dict[str, Any], name: str) -> dict[str, Any]:
-    """Returns the values of a report: images per second of the row `name`, and the ratios."""
-    runs = next(row["runs"] for row in report["rows"] if row["name"] == name)
-    speed = sorted(runs)[len(runs) // 2]
-    memory = report["peak_memory_bytes"] / 2**30
-    return {"images_per_second": speed, "runs": runs, "peak_memory_gib": memory, "batch": report["batch"], **report["ratios"]}
+def summarize(report: dict[str, Any], task: str) -> dict[str, Any]:
+    """Returns the values of a report: images per second of a task, details and ratios."""
+    return {"images_per_second": statistics.median(report["speeds"][task]), **report, **report["ratios"]}
 
 
 def kernels(trace: Path, steps: int) -> dict[str, Any]:
@@ -143,10 +137,9 @@ def step(config: str, batch: int, settings: Settings, choice: str = "", *more: s
     configuration(settings, config, batch, *more)
     name = f"step_{config}_{batch}_{choice}"
     traces = settings.scratch / f"{slug(name)}_traces"
-    extra = [f"--profile={traces}"] if trace else []
-    report = run_bench(settings, "step", name, options(settings, config, batch, *more), 2, *extra)
+    words = ["step", *options(settings, config, batch, *more), "--repeats=2", *([f"--profile={traces}"] if trace else [])]
+    report = run_benchmark(bench.main, settings, name, words)
     values = summarize(report, benchmark.STEP) | (kernels(traces / "step.json", benchmark.PROFILED_STEPS) if trace else {})
-    values |= {"parameters": report["parameters"], "flops_per_image": report["flops_per_image"]}
     if choice:
         values |= {"choice": f"{choice}, {config}, {batch} images", "compared_with": f"step, {config}, {batch} images"}
         values["is_on"] = bool(more)
@@ -179,11 +172,17 @@ def cuda_graphs(batch: int, settings: Settings) -> Result:
 
 
 def trainer(settings: Settings) -> Result:
-    """Compares the trainer, with data loading, EMA and checkpoints, with the bare step."""
-    report = run_bench(settings, "train", "trainer", options(settings, "stl10", 256), 2)
-    values = summarize(report, benchmark.TRAIN)
-    values["parts"] = {part["name"]: part["ms_per_step"] for part in report["parts"]}
+    """Compares the trainer, with data loading and EMA, with the bare step."""
+    words = ["train", *options(settings, "stl10", 256), "--repeats=2"]
+    values = summarize(run_benchmark(bench.main, settings, "trainer", words), benchmark.TRAIN)
     return f"{values['train_over_step']:.3f} of the bare step, data loading {values['data_wait']:.1%}", values
+
+
+def parts(settings: Settings) -> Result:
+    """Measures the parts of a step."""
+    report = run_benchmark(step_parts.main, settings, "parts", options(settings, "stl10", 256))
+    milliseconds = {name: part["ms_per_step"] for name, part in report["parts"].items()}
+    return ", ".join(f"{name} {value:.2f} ms" for name, value in milliseconds.items()), {"parts": milliseconds}
 
 
 def peers(config: str, batch: int, families: str, settings: Settings, *more: str) -> Result:
@@ -192,10 +191,9 @@ def peers(config: str, batch: int, families: str, settings: Settings, *more: str
         raise Skip("diffusers is not installed")
     if settings.rehearse and "kl" in config:
         raise Skip("too slow for a rehearsal")
-    words = options(settings, "stl10", batch, *more)
-    report = run_bench(settings, "compare", f"peers_{config}", words, 1, f"--peers={families}")
+    words = [*options(settings, "stl10", batch, *more), "--repeats=1", f"--peers={families}"]
+    report = run_benchmark(compare_trainers.main, settings, f"peers_{config}", words)
     values = summarize(report, benchmark.TRAIN)
-    values["loops"] = {row["name"]: row["runs"] for row in report["rows"]}
     ratios = {name: ratio for name, ratio in report["ratios"].items() if name.startswith("over_")}
     summary = ", ".join(f"{name.removeprefix('over_')} {ratio:.2f}" for name, ratio in ratios.items())
     return f"trainer over {summary}" if ratios else f"missing: {report['missing']}", values
@@ -261,23 +259,14 @@ def evaluation(settings: Settings) -> Result:
     trainer, repeats = Trainer(config), 2 if settings.rehearse else 30
     with exclusive_device(settings), closing(trainer.batches()) as batches, trainer.progress_bar():
         trainer.start_interval()
-
-        def measure_steps(steps: int) -> float:
-            measuring.synchronize(trainer.device)
-            begin = time.perf_counter()
-            for images in itertools.islice(batches, steps):
-                trainer.train_iteration(images)
-            measuring.synchronize(trainer.device)
-            return time.perf_counter() - begin
-
-        measure_steps(3)
-        step_seconds = measure_steps(repeats) / repeats
+        quality.time_steps(trainer, batches, 3)
+        step_seconds = quality.time_steps(trainer, batches, repeats) / repeats
         durations = {}
         for name, section in (("evaluation", config.evaluate), ("checkpoint", config.checkpoint)):
             section.every = 1  # due after each step
-            measure_steps(1)  # warm-up
+            quality.time_steps(trainer, batches, 1)  # warm-up
             trainer.writer.wait()
-            durations[name] = max(0.0, measure_steps(1) - step_seconds)
+            durations[name] = max(0.0, quality.time_steps(trainer, batches, 1) - step_seconds)
             section.every = NEVER
         trainer.writer.wait()
     size = config.train.global_batch_size
@@ -319,6 +308,7 @@ MEASUREMENTS: dict[str, Callable[[Settings], Result]] = {
     "sampling": sampling,
     "evaluation": evaluation,
     "step, stl10_large, 256 images": partial(step, "stl10_large", 256),
+    "parts of a step, stl10, 256 images": parts,
     "loops of others, stl10, 256 images": partial(peers, "stl10", 256, "torch,notebook"),
     "loops of others, kl, 64 images": lambda settings: peers("kl", 64, "diffusers", settings, *KL),
     "encoding": encoding,

@@ -2,23 +2,22 @@
 
 import itertools
 import math
-import mmap
-import tempfile
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch.utils.data import DataLoader
+from torchvision.datasets import STL10, VisionDataset
+from torchvision.transforms import Compose, Normalize, ToTensor
 
-from vae_scale.benchmark.measuring import Row, alternate
+from vae_scale.benchmark.measuring import Report, alternate
 from vae_scale.data.images import Images
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.stl10 import SIDE, write_binaries
 from vae_scale.data.stream import Stream
 from vae_scale.errors import UserError
 
@@ -26,74 +25,47 @@ SECONDS = 1.0  # duration of a run
 NUM_BUFFERS = 6  # as in the stream
 LIMIT = "random copies from memory"
 
-Tasks = dict[str, Callable[[], float]]  # each returns images per second
 
+def measure(shards: ShardSet, batch: int, repeats: int) -> Report:
+    """Measures how fast batches are loaded from shards, by the stream and, in this process, by webdataset and torchvision.
 
-@dataclass
-class DataReport:
-    """Throughput of loading images.
-
-    Attributes:
-        rows: Images per second of each loader.
-        ratios: `of_gather_limit`, the stream over the fastest random copy from memory; `over_webdataset`, `over_torchvision`.
-        first_batch_seconds: From opening the shards to the first batch.
-        memory_bytes: Growth of resident memory while streaming with a shuffle window of two shards.
-    """
-
-    rows: list[Row]
-    ratios: dict[str, float]
-    first_batch_seconds: float
-    memory_bytes: int
-
-
-def measure(shards: ShardSet, batch: int, repeats: int) -> DataReport:
-    """Measures how fast batches are loaded from shards, by the stream and by webdataset and torchvision.
+    The ratios are those of the stream to each of the others: `of_gather_limit`, `over_webdataset`, `over_torchvision`.
 
     Args:
-        shards: The images. torchvision's STL10 is measured only for images of 96x96, webdataset only for local shards.
+        shards: The images. webdataset is measured only for local shards.
         batch: Images per batch.
         repeats: Number of runs of each loader. The median is used.
 
     Raises:
         UserError: if there are fewer than two batches of images.
     """
+    images, stream_name = load_images(shards, batch), f"vae_scale, {shards.encoding}"
+    normalized = Compose([ToTensor(), Normalize(0.5, 0.5)])
+    loaders: dict[str, Any] = {"torchvision": DataLoader(InMemorySTL10(images, normalized), batch, shuffle=True)}
+    if shards.is_local:
+        loaders["webdataset"] = _webdataset_loader(shards, batch)
+    tasks = {LIMIT: partial(gather_limit, images, batch), stream_name: partial(measure_stream, shards, batch)}
+    speeds = alternate(tasks | {name: partial(_measure_loader, loader) for name, loader in loaders.items()}, repeats)
+    median = {name: statistics.median(runs) for name, runs in speeds.items()}
+    ratios = {"of_gather_limit": median[stream_name] / median[LIMIT]}
+    ratios |= {f"over_{name}": median[stream_name] / median[name] for name in loaders}
+    return Report({"images": len(shards), "shards": len(shards.shards), "batch": batch}, speeds, ratios)
+
+
+def load_images(shards: ShardSet, batch: int) -> Images:
+    """Loads all images, uint8 [n, H, W, 3].
+
+    Raises:
+        UserError: if there are fewer than two batches.
+    """
     if len(shards) < 2 * batch:
         raise UserError(f"{shards.location}: {len(shards):,} images are too few to measure batches of {batch}")
-    first_batch_seconds, memory_bytes = measure_start(shards, batch)
-    images = shards.load_images(np.arange(len(shards)))
-    with tempfile.TemporaryDirectory() as folder:
-        tasks = gather_limit_tasks(images, batch) | stream_tasks(shards, batch)
-        if shards.storage.is_local:
-            tasks["webdataset"] = lambda: _measure_loader(_webdataset_loader(shards, batch))
-        if shards.image_shape[:2] == (SIDE, SIDE):
-            write_binaries(Path(folder) / "stl10_binary", {"unlabeled": iter([(images, list[int]())])}, ["none"])
-            tasks["torchvision"] = lambda: _measure_loader(_torchvision_loader(Path(folder), batch))
-        rows = alternate(tasks, repeats, "measuring")
-    stream = rows[f"vae_scale, {shards.encoding}"].median
-    ratios = {"of_gather_limit": stream / max(row.median for name, row in rows.items() if name.startswith(LIMIT))}
-    ratios |= {f"over_{name}": stream / rows[name].median for name in ("webdataset", "torchvision") if name in rows}
-    return DataReport(list(rows.values()), ratios, first_batch_seconds, memory_bytes)
+    return shards.load_images(np.arange(len(shards)))
 
 
-def measure_start(shards: ShardSet, batch: int) -> tuple[float, int]:
-    """Returns the seconds to the first batch, and the growth in memory while streaming with a window of two shards."""
-    begin = time.perf_counter()
-    next(iter(Stream(ShardSet.open(shards.location), batch, seed=0)))
-    seconds = time.perf_counter() - begin
-    process = psutil.Process()
-    initial = peak = process.memory_info().rss
-    for _ in itertools.islice(Stream(shards, batch, seed=0, window=2), len(shards) // batch):
-        peak = max(peak, process.memory_info().rss)
-    return seconds, peak - initial
-
-
-def gather_limit_tasks(images: Images, batch: int) -> Tasks:
-    """Returns tasks that copy random rows from memory into buffers, with one thread and with all: an upper limit."""
-    memory = mmap.mmap(-1, images.nbytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # fewer page table lookups
-    source = torch.frombuffer(memory, dtype=torch.uint8).view(len(images), -1)
-    source.copy_(torch.from_numpy(images).view(len(images), -1))
+def gather_limit(images: Images, batch: int) -> float:
+    """Returns images per second of copying random rows from memory into buffers with all threads: an upper limit."""
+    source = torch.from_numpy(images).view(len(images), -1)  # in huge pages, which NumPy requests for large arrays
     buffers = itertools.cycle([torch.empty((batch, source.shape[1]), dtype=torch.uint8) for _ in range(NUM_BUFFERS)])
 
     def batch_sizes() -> Iterator[int]:
@@ -102,75 +74,47 @@ def gather_limit_tasks(images: Images, batch: int) -> Tasks:
                 torch.index_select(source, 0, rows, out=next(buffers))
                 yield len(rows)
 
-    def run(threads: int) -> float:
-        previous = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return measure_throughput(batch_sizes())
-        finally:
-            torch.set_num_threads(previous)
-
-    tasks: Tasks = {f"{LIMIT}, 1 thread": lambda: run(1)}
-    if (threads := torch.get_num_threads()) > 1:
-        tasks[f"{LIMIT}, {threads} threads"] = lambda: run(threads)
-    return tasks
+    return measure_throughput(batch_sizes())
 
 
-def stream_tasks(shards: ShardSet, batch: int) -> Tasks:
-    """Returns tasks that read the stream's uint8 batches to the CPU and, if available, to the GPU."""
-
-    def run(device: str = "cpu", cache: str = "host") -> float:
-        stream = Stream(shards, batch, seed=0, device=device, cache=cache)
-        # In the first epoch, pages are mapped and compact shards are decoded.
-        return measure_throughput((batch for _ in stream), skip=len(shards), device=device)
-
-    name = f"vae_scale, {shards.encoding}"
-    tasks: Tasks = {name: run}
-    if torch.cuda.is_available():
-        tasks[f"{name}, to the GPU"] = lambda: run("cuda")
-        tasks[f"{name}, cached on the GPU"] = lambda: run("cuda", "device")
-    return tasks
+def measure_stream(shards: ShardSet, batch: int) -> float:
+    """Returns images per second of the stream after an epoch, in which pages are mapped and compact shards are decoded."""
+    stream = iter(Stream(shards, batch, seed=0))
+    for _ in range(math.ceil(len(shards) / batch)):
+        next(stream)
+    return measure_throughput(len(batch.images) for batch in stream)
 
 
-def measure_throughput(batch_sizes: Iterator[int], *, skip: int = 0, images: float = math.inf, device: str = "cpu") -> float:
-    """Returns images per second over `images` images, or over `SECONDS`, after the first `skip` images."""
-    count = 0
-    while count < skip:
-        count += next(batch_sizes)
+def measure_throughput(batch_sizes: Iterator[int]) -> float:
+    """Returns images per second during `SECONDS`."""
     begin, count = time.perf_counter(), 0
-    for size in batch_sizes:
-        count += size
-        if count >= images or (math.isinf(images) and time.perf_counter() - begin > SECONDS):
-            break
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return count / (time.perf_counter() - begin)
+    while (seconds := time.perf_counter() - begin) < SECONDS:
+        count += next(batch_sizes)
+    return count / seconds
 
 
 def _measure_loader(loader: Any) -> float:
     """Returns images per second after the first batch."""
-    return measure_throughput((len(batch[0]) for epoch in itertools.repeat(loader) for batch in epoch), skip=1)
+    batch_sizes = (len(batch[0]) for epoch in itertools.repeat(loader) for batch in epoch)
+    next(batch_sizes)
+    return measure_throughput(batch_sizes)
 
 
 def _webdataset_loader(shards: ShardSet, batch: int) -> Any:
-    """Returns the pipeline of webdataset's README, in this process."""
+    """Returns the pipeline of webdataset's README."""
     import webdataset
 
     urls = [str(Path(shards.location) / shard.url) for shard in shards.shards]
-    extension = shards.encoding
-    decoder = "rgb8" if extension != "npy" else None
-    samples = webdataset.WebDataset(urls, shardshuffle=100).shuffle(1000).decode(*([decoder] if decoder else []))
-    return samples.to_tuple(extension, "cls").batched(batch)
+    samples = webdataset.WebDataset(urls, shardshuffle=100).shuffle(1000)
+    samples = samples.decode() if shards.encoding == "npy" else samples.decode("rgb8")
+    return samples.to_tuple(shards.encoding, "cls").batched(batch)
 
 
-def _torchvision_loader(root: Path, batch: int) -> Any:
-    """Returns a DataLoader of torchvision's STL10, in this process."""
-    from torchvision.datasets import STL10
-    from torchvision.transforms import Compose, Normalize, ToTensor
+class InMemorySTL10(STL10):  # type: ignore[misc]
+    """torchvision's STL10 of images in memory, uint8 [n, H, W, 3]. The label of an image is its index."""
 
-    class UncheckedSTL10(STL10):  # type: ignore[misc]
-        def _check_integrity(self) -> bool:
-            return True  # only the official files have its MD5 sums
-
-    dataset = UncheckedSTL10(str(root), split="unlabeled", transform=Compose([ToTensor(), Normalize(0.5, 0.5)]))
-    return DataLoader(dataset, batch, shuffle=True)
+    def __init__(self, images: Images, transform: Callable[[Any], Any]) -> None:
+        VisionDataset.__init__(self, "", transform=transform)
+        # The memory layout in which STL10 loads its binaries: column-major planes.
+        self.data = np.ascontiguousarray(images.transpose(0, 3, 2, 1)).transpose(0, 1, 3, 2)
+        self.labels = np.arange(len(images))

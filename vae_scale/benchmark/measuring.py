@@ -1,102 +1,75 @@
-"""Alternating measurements, the limits of the device, and reports."""
+"""Alternating measurements, the speed of matrix products, and reports."""
 
-import dataclasses
-import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from vae_scale import __version__
 from vae_scale.files import write_json
+from vae_scale.runtime.versions import get_versions
 
-CEILING_SECONDS = 0.3  # duration of a run
-SIZES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # of square matrices
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
-MATRIX, COPY = "matrix product", "memory copy"
+PRODUCTS = 20  # of matrices, of which the fastest counts
+SIDES = {"cpu": 2048, "cuda": 8192}  # of square matrices
+
+Speeds = dict[str, list[float]]
 
 
 @dataclass
-class Row:
-    """The measurements of a task.
+class Report:
+    """Results of a benchmark.
 
     Attributes:
-        name: Name of the task.
-        runs: Speed of each run, in images per second; the units of limits are those of `ceilings`.
+        details: What was measured, and results that are not speeds.
+        speeds: Images per second of each run, by task.
+        ratios: Ratios of median speeds, and fractions.
     """
 
-    name: str
-    runs: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        """The median speed."""
-        return statistics.median(self.runs)
+    details: dict[str, str | float]
+    speeds: Speeds
+    ratios: dict[str, float]
 
 
-def alternate(tasks: Mapping[str, Callable[[], float]], repeats: int, description: str) -> dict[str, Row]:
+def alternate(tasks: Mapping[str, Callable[[], float]], repeats: int) -> Speeds:
     """Runs all tasks in alternation, so that other load on the machine affects them equally.
 
     Args:
-        tasks: Functions by name. Each returns a speed.
+        tasks: Functions by name. Each returns images per second.
         repeats: Number of runs of each task, after a warm-up run.
-        description: Text of the progress bar.
     """
-    rows = {name: Row(name) for name in tasks}
-    with tqdm(total=len(tasks) * (repeats + 1), unit=" runs", desc=description, disable=not tasks) as bar:
+    speeds: Speeds = {name: [] for name in tasks}
+    with tqdm(total=len(tasks) * (repeats + 1), unit=" runs", desc="measuring") as bar:
         for repeat in range(repeats + 1):
             for name, task in tasks.items():
                 bar.set_postfix_str(name)
                 speed = task()
                 if repeat:
-                    rows[name].runs.append(speed)
+                    speeds[name].append(speed)
                 bar.update()
-    return rows
+    return speeds
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
-    """Returns tasks that measure the limits of the device.
-
-    Returns:
-        The fastest of several matrix products of `dtype`, in FLOP per second, and a copy within memory, in bytes read and
-        written per second.
-    """
-    squares = [torch.randn(side, side, device=device, dtype=dtype) for side in SIZES[device.type]]
-    results = [torch.empty_like(square) for square in squares]
-    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def matrix_product() -> float:
-        return max(
-            2 * len(square) ** 3 / fastest(partial(torch.mm, square, square, out=result), device)
-            for square, result in zip(squares, results, strict=True)
-        )
-
-    def memory_copy() -> float:
-        return 2 * len(source) / fastest(partial(target.copy_, source), device)
-
-    return {MATRIX: matrix_product, COPY: memory_copy}
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the FLOP per second of the fastest of several products of large square matrices of `dtype`."""
+    side = SIDES[device.type]
+    square = torch.randn(side, side, device=device, dtype=dtype)
+    product = torch.empty_like(square)
+    return 2 * side**3 / min(time_call(lambda: torch.mm(square, square, out=product), device) for _ in range(PRODUCTS))
 
 
-def fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Returns the shortest duration of `work` on `device`, over repeated calls during `CEILING_SECONDS`."""
-    best, spent = math.inf, 0.0
-    while spent < CEILING_SECONDS:
-        synchronize(device)
-        begin = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds = time.perf_counter() - begin
-        best, spent = min(best, seconds), spent + seconds
-    return best
+def time_call(work: Callable[[], object], device: torch.device) -> float:
+    """Returns the duration of a call in seconds, including the work that it queues on a GPU."""
+    synchronize(device)
+    begin = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def synchronize(device: torch.device) -> None:
@@ -107,31 +80,28 @@ def synchronize(device: torch.device) -> None:
 
 def machine() -> dict[str, str]:
     """Returns the date, the hardware and the versions."""
-    info = {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": _cpu(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "vae_scale": __version__,
-    }
-    if torch.cuda.is_available():
-        info["gpu"] = torch.cuda.get_device_name()
-    return info
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu, "cores": str(os.cpu_count())} | gpu | get_versions()
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def table(rows: list[Row]) -> str:
-    """Formats medians and ranges as a Markdown table."""
-    lines = [[row.name, f"{row.median:,.0f}", f"{min(row.runs):,.0f} to {max(row.runs):,.0f}"] for row in rows]
-    return markdown([["", "images/s", "lowest to highest"], *lines])
+def print_report(report: Report, path: Path | None, **more: Any) -> None:
+    """Prints a report and, unless `path` is None, writes it as JSON with the values in `more`."""
+    host = machine()
+    print(", ".join(f"{name} {value}" for name, value in host.items()), end="\n\n")
+    lines = [["", "images/s", "lowest to highest"]]
+    for name, runs in report.speeds.items():
+        lines.append([name, f"{statistics.median(runs):,.0f}", f"{min(runs):,.0f} to {max(runs):,.0f}"])
+    print(markdown(lines), end="\n\n")
+    values = [["", ""]]
+    for name, value in (report.details | report.ratios).items():
+        values.append([name, f"{value:,.4g}" if isinstance(value, float) else str(value)])
+    print(markdown(values))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"machine": host, **report.details, "speeds": report.speeds, "ratios": report.ratios, **more})
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -144,10 +114,3 @@ def markdown(lines: list[list[str]]) -> str:
 
     rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
     return "\n".join([padded(lines[0]), rule, *(padded(line) for line in lines[1:])])
-
-
-def write_report(path: Path | None, report: Any) -> None:
-    """Writes a dataclass and a description of the machine as JSON, unless `path` is None."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"machine": machine(), **dataclasses.asdict(report)})

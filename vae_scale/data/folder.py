@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vae_scale.data.images import PHOTO_FORMATS, Images, center_crop_resize
-from vae_scale.data.packing import Source, Split
+from vae_scale.data.packing import Source
 from vae_scale.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -26,22 +26,23 @@ def open_folder(root: Path, splits: list[str], resolution: int) -> Source:
     """
     if not root.is_dir():
         raise UserError(f"--data {root}: not a folder")
-    if all((root / split).is_dir() for split in splits):
-        files = {split: _list_images(root / split) for split in splits}
-        bases = {split: root / split for split in splits}
-    else:
-        files = _assign_splits(root, splits)
-        bases = dict.fromkeys(splits, root)
+    has_split_folders = all((root / split).is_dir() for split in splits)
+    files = {split: _list_images(root / split) for split in splits} if has_split_folders else _assign_splits(root, splits)
     if empty := [split for split in splits if not files[split]]:
         raise UserError(f"--data {root}: no images ({', '.join(sorted(SUFFIXES))}) for split {', '.join(empty)}")
-    parts = {split: [path.relative_to(bases[split]).parts for path in paths] for split, paths in files.items()}
-    classes = {split: [part[0] if len(part) > 1 else "" for part in parts[split]] for split in splits}
-    names = sorted({name for split in splits for name in classes[split] if name})
-    numbers = {name: number for number, name in enumerate(names)}
-    sources: list[Split] = [
-        _FolderSplit(split, [numbers.get(name, -1) for name in classes[split]], files[split], resolution) for split in splits
-    ]
-    return Source(sources, names, lambda: {root.name: _digest(root, files)})
+    level = int(has_split_folders)
+    parts = {split: [path.relative_to(root).parts[level:] for path in paths] for split, paths in files.items()}
+    classes = {split: [names[0] if len(names) > 1 else "" for names in parts[split]] for split in splits}
+    class_names = sorted({name for names in classes.values() for name in names if name})
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return Source(
+        splits=[
+            _FolderSplit(split, [numbers.get(name, -1) for name in classes[split]], files[split], resolution)
+            for split in splits
+        ],
+        class_names=class_names,
+        hashes={root.name: _digest(root, files, resolution)},
+    )
 
 
 def _list_images(root: Path) -> list[Path]:
@@ -58,12 +59,12 @@ def _assign_splits(root: Path, splits: list[str]) -> dict[str, list[Path]]:
     return files
 
 
-def _digest(root: Path, files: dict[str, list[Path]]) -> str:
+def _digest(root: Path, files: dict[str, list[Path]], resolution: int) -> str:
     # Only names and sizes are hashed: hashing the content would read every file twice.
     lines = [
         f"{split} {path.relative_to(root).as_posix()} {path.stat().st_size}" for split, paths in files.items() for path in paths
     ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join([str(resolution), *lines]).encode()).hexdigest()
 
 
 @dataclass

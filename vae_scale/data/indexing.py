@@ -5,32 +5,22 @@ import io
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from vae_scale.data.cache import Cache
 from vae_scale.data.images import FORMATS, center_crop_resize, decode_image, open_image
-from vae_scale.data.parts import fingerprint, write_index
+from vae_scale.data.parts import ShardRecord, compute_fingerprint, write_index
+from vae_scale.data.remote import download
 from vae_scale.data.shard_file import FORMAT_VERSION, MAX_IMAGE_SIDE, SUFFIXES, iter_members, member_type
 from vae_scale.data.shards import MAX_LABEL
-from vae_scale.data.storage import SCHEMES
+from vae_scale.data.storage import is_url
 from vae_scale.errors import UserError, one_line, redact
 
 TEST_FRACTION = 10  # one shard in this many is assigned to the test split if no splits are named
 TAR_END = bytes(2 * 512)  # last bytes of a complete tar
-
-
-@dataclass
-class _ShardStats:
-    """A shard's entry in the manifest, and counts of its image types and shapes."""
-
-    record: dict[str, Any] = field(default_factory=dict)
-    types: Counter[str] = field(default_factory=Counter)
-    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+ImageFormat = tuple[str, tuple[int, ...]]  # encoding and shape
 
 
 def index(sources: list[str], out: Path | None, resolution: int | None, workers: int) -> Path:
@@ -54,26 +44,26 @@ def index(sources: list[str], out: Path | None, resolution: int | None, workers:
     """
     urls = _expand(sources)
     folder = _manifest_folder([url for url, _ in urls], out)
+    records: list[ShardRecord] = []
+    formats = Counter[ImageFormat]()
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(urls), unit=" shards", desc="indexing") as bar:
-        shards = []
         try:
-            for stats in pool.map(lambda item: _read_shard(item[0], item[1], resolution), urls):
-                shards.append(stats)
+            for record, shard_formats in pool.map(lambda item: _read_shard(item[0], item[1], resolution), urls):
+                records.append(record)
+                formats += shard_formats
+                if len(shapes := {shape for _, shape in formats}) > 1:
+                    sizes = ", ".join(f"{width}x{height}" for height, width, _ in sorted(shapes))
+                    advice = "use --resolution R to crop and resize them when they are read"
+                    raise UserError(f"{redact(record['url'])}: images have several sizes ({sizes}); {advice}")
                 bar.update()
         finally:
             pool.shutdown(cancel_futures=True)
-    shapes = sum((stats.shapes for stats in shards), Counter[tuple[int, ...]]())
-    if len(shapes) > 1:
-        (first, _), (second, _) = shapes.most_common(2)
-        url = redact(next(stats.record["url"] for stats in shards if second in stats.shapes))
-        sizes = f"image size is {second[1]}x{second[0]}, but most images are {first[1]}x{first[0]}"
-        raise UserError(f"{url}: {sizes}; use --resolution R to crop and resize them when they are read")
-    records = [stats.record for stats in shards]
+    ((encoding, shape), _), *_ = formats.most_common()
     info = {
         "version": FORMAT_VERSION,
-        "fingerprint": fingerprint([resolution, [(record["sha256"], record["split"]) for record in records]]),
-        "encoding": sum((stats.types for stats in shards), Counter[str]()).most_common(1)[0][0],
-        "image_shape": next(iter(shapes)),
+        "fingerprint": compute_fingerprint([resolution, [(record["sha256"], record["split"]) for record in records]]),
+        "encoding": encoding,
+        "image_shape": shape,
         "stride": None,
         "offset": None,
         "fit": resolution is not None,
@@ -113,45 +103,30 @@ def _expand(sources: list[str]) -> list[tuple[str, str]]:
 
 def _manifest_folder(urls: list[str], out: Path | None) -> Path:
     """Returns the folder of the manifest, which refers to local files by name and to remote files by URL."""
-    for url in urls:
-        scheme, separator, _ = url.partition("://")
-        if url.startswith("pipe:") or (separator and scheme not in SCHEMES):
-            raise UserError(f"--index {redact(url)}: must be a file, or a URL of {', '.join(SCHEMES)}")
-    folders = {Path(url).parent.resolve(): Path(url).parent for url in urls if "://" not in url}
-    if len(folders) > 1:
-        raise UserError("--index: the files are in several folders; index each folder separately")
-    if folders:
-        ((resolved, folder),) = folders.items()
-        if out is not None and out.resolve() != resolved:
-            raise UserError(f"--out {out}: index.json must be in the folder of the shards, {folder}; omit --out")
-        return folder
-    if out is None:
+    folders = {Path(url).parent.resolve(): Path(url).parent for url in urls if not is_url(url)}
+    if out is None and not folders:
         raise UserError("--out DIR is missing: the folder of index.json")
-    return out
+    if out is not None:
+        folders[out.resolve()] = out
+    if len(folders) > 1:
+        raise UserError("--index: files in several folders; index each folder separately, and omit --out or give their folder")
+    return next(iter(folders.values()))
 
 
-def _read_shard(url: str, split: str, resolution: int | None) -> _ShardStats:
-    """Reads a shard and decodes all of its images."""
-    if "://" not in url:
-        path = Path(url)
-        try:
-            return _scan(path, path.name, split, resolution)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{url}: {getattr(error, 'strerror', None) or one_line(error)}") from None
-    from vae_scale.data.remote import RemoteStorage
-
+def _read_shard(url: str, split: str, resolution: int | None) -> tuple[ShardRecord, Counter[ImageFormat]]:
+    """Decodes all images of a shard. Returns its entry in the manifest, and the number of images of each format."""
     with tempfile.TemporaryDirectory() as folder:
-        path = RemoteStorage(url.rpartition("/")[0], Cache()).download(url, Path(folder))
+        path = download(url, Path(folder), "it cannot be indexed") if is_url(url) else Path(url)
         try:
-            return _scan(path, url, split, resolution)
-        except ValueError as error:
-            raise UserError(f"{redact(url)}: {one_line(error)}") from None
+            return _scan(path, url if is_url(url) else path.name, split, resolution)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{redact(url)}: {getattr(error, 'strerror', None) or one_line(error)}") from None
 
 
-def _scan(path: Path, url: str, split: str, resolution: int | None) -> _ShardStats:
+def _scan(path: Path, url: str, split: str, resolution: int | None) -> tuple[ShardRecord, Counter[ImageFormat]]:
     labels: dict[str, int] = {}
     keys: list[str] = []
-    stats = _ShardStats()
+    formats = Counter[ImageFormat]()
     if path.exists() and not path.is_file():
         raise ValueError("not a file")
     with path.open("rb") as file:
@@ -169,8 +144,7 @@ def _scan(path: Path, url: str, split: str, resolution: int | None) -> _ShardSta
                         raise ValueError(f"a label must be from -1 to {MAX_LABEL:,}")
                 elif f".{kind}" in SUFFIXES:
                     keys.append(key)
-                    stats.types["jpg" if kind == "jpeg" else kind] += 1
-                    stats.shapes[_decoded_shape(content, resolution)] += 1
+                    formats["jpg" if kind == "jpeg" else kind, _decoded_shape(content, resolution)] += 1
             except ValueError as error:
                 raise ValueError(f"{member} cannot be read ({error}); repair or remove it") from None
         if not keys:
@@ -181,7 +155,7 @@ def _scan(path: Path, url: str, split: str, resolution: int | None) -> _ShardSta
         for algorithm in ("md5", "sha256"):
             file.seek(0)
             digests[algorithm] = hashlib.file_digest(file, algorithm).hexdigest()
-    stats.record = {
+    record = {
         "url": url,
         "nsamples": len(keys),
         "filesize": size,
@@ -191,7 +165,7 @@ def _scan(path: Path, url: str, split: str, resolution: int | None) -> _ShardSta
         "split": split,
         "labels": [labels.get(key, -1) for key in keys],
     }
-    return stats
+    return record, formats
 
 
 def _decoded_shape(content: bytes, resolution: int | None) -> tuple[int, ...]:

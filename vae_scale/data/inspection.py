@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from vae_scale.data.shards import ShardSet
 from vae_scale.files import atomic_path
@@ -49,7 +48,7 @@ def _format_table(rows: list[list[str]]) -> list[str]:
 
 
 def write_contact_sheet(shards: ShardSet, path: Path) -> None:
-    """Writes a PNG with eight rows of eight images, spread evenly over the shards of each split.
+    """Writes a PNG with eight rows of random images of all splits. The images of a row are of one shard.
 
     Raises:
         UserError: A shard is missing or damaged.
@@ -62,8 +61,10 @@ def write_contact_sheet(shards: ShardSet, path: Path) -> None:
     rows = []
     subsets = [shards.select(split) for split in shards.splits]
     for number, subset in enumerate(subsets):
-        for index in _stratified_sample(len(subset.shards), max(1, len(range(number, ROWS, len(subsets)))), rng):
-            samples = subset.starts[index] + np.unique(_stratified_sample(subset.shards[index].samples, COLUMNS, rng))
+        count = max(1, len(range(number, ROWS, len(subsets))))
+        for index in np.sort(rng.choice(len(subset.shards), count, replace=count > len(subset.shards))):
+            size = subset.shards[index].samples
+            samples = subset.starts[index] + np.sort(rng.choice(size, min(size, COLUMNS), replace=False))
             rows.append(np.full((COLUMNS, *shards.image_shape), 255, np.uint8))
             rows[-1][: len(samples)] = subset.load_images(samples)
     grid = make_grid(torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2), COLUMNS, padding=2, pad_value=255)
@@ -72,9 +73,3 @@ def write_contact_sheet(shards: ShardSet, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         sheet.save(temporary, "PNG")
-
-
-def _stratified_sample(length: int, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Returns `count` random numbers below `length`, one from each of `count` equal intervals."""
-    edges = np.linspace(0, length, count + 1)
-    return (edges[:-1] + rng.random(count) * np.diff(edges)).astype(np.int64)

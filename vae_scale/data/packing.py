@@ -1,7 +1,8 @@
 """Packs images into shards: resumable, in parallel, with reproducible bytes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +16,11 @@ from vae_scale.data.parts import (
     Part,
     ShardJob,
     ShardRecord,
-    check_shards,
-    fingerprint,
+    compute_fingerprint,
+    find_intact_shards,
     is_complete,
     list_jobs,
+    read_journals,
     write_manifests,
 )
 from vae_scale.data.shard_file import FORMAT_VERSION, Layout, write_shard
@@ -48,15 +50,15 @@ class Source:
     """The images to pack.
 
     Attributes:
-        splits: In the most efficient order for reading.
+        splits: In the order of the set.
         class_names: Names of labels 0, 1, ...; may be empty.
-        hashes: Computes the sha256 of each source file, or a digest that identifies the source.
+        hashes: The sha256 of each source file, or a digest that identifies the source.
         folds: The ten folds of STL-10, as rows of the train split.
     """
 
-    splits: list[Split]
+    splits: Sequence[Split]
     class_names: list[str]
-    hashes: Callable[[], dict[str, str]]
+    hashes: dict[str, str]
     folds: list[list[int]] | None = None
 
 
@@ -96,40 +98,35 @@ def pack(source: Source, out: Path, options: PackOptions, workers: int, part: Pa
     """
     part = part or Part()
     sizes = {split.name: min(len(split.labels), options.limit or len(split.labels)) for split in source.splits}
+    header = _make_header(source, sizes, options)
+    if is_complete(out, header):
+        return False
     jobs = list_jobs(options.name, sizes, options.images_per_shard)
-    with ThreadPoolExecutor(1, "hashing") as pool:
-        # Hashing reads all sources. The first shards are written at the same time, unless `out` contains a set or a journal,
-        # which must be compared with the hashes.
-        header = pool.submit(_make_header, source, sizes, options)
-        if is_complete(out, header):
-            return False
-        total = sum(job.stop - job.start for job in part.select(jobs))
-        with tqdm(total=total, unit=" images", unit_scale=True, desc=f"packing {out}", smoothing=0.1) as bar:
-            journal = Journal(out, part, header)
-            records, written = write_shards(source.splits, jobs, journal, options.encoding, workers, bar)
-        if part.count == 1:
-            write_manifests(out, options.name, [records[job.url] for job in jobs], header.result()["vae_scale"])
+    total = sum(job.stop - job.start for job in part.select(jobs))
+    with tqdm(total=total, unit=" images", unit_scale=True, desc=f"packing {out}", smoothing=0.1) as bar:
+        records, written = write_shards(source.splits, jobs, out, part, header, workers, bar)
+    if part.count == 1:
+        write_manifests(out, options.name, records, header["vae_scale"])
     return written > 0 or part.count == 1
 
 
 def _make_header(source: Source, sizes: dict[str, int], options: PackOptions) -> JournalHeader:
-    sources = source.hashes()
     identity = {
         "format_version": FORMAT_VERSION,
         "packing": vars(options),
         "splits": {split.name: len(split.labels) for split in source.splits},
-        "sources": sources,
+        "sources": source.hashes,
     }
-    layout = Layout(options.encoding, source.splits[0].shape)
+    layout, is_array = Layout(source.splits[0].shape), options.encoding == "npy"
     info = {
         "version": FORMAT_VERSION,
-        "fingerprint": fingerprint(identity),
+        "fingerprint": compute_fingerprint(identity),
         "encoding": options.encoding,
         "image_shape": layout.shape,
-        "stride": layout.stride,
-        "offset": layout.offset,
+        "stride": layout.stride if is_array else None,
+        "offset": layout.offset if is_array else None,
         "class_names": source.class_names,
-        "sources": sources,
+        "sources": source.hashes,
         "splits": sizes,
     }
     if source.folds and all(row < sizes["train"] for fold in source.folds for row in fold):
@@ -140,61 +137,48 @@ def _make_header(source: Source, sizes: dict[str, int], options: PackOptions) ->
 def write_shards(
     splits: Sequence[Split],
     jobs: Sequence[ShardJob],
-    journal: Journal,
-    encoding: str,
+    out: Path,
+    part: Part,
+    header: JournalHeader,
     workers: int,
     bar: "tqdm[Any]",
-    any_division: bool = False,
-    extra_fields: Callable[[Arrays], ShardRecord] = lambda samples: {},
-) -> tuple[dict[str, ShardRecord], int]:
-    """Writes the unfinished shards of the journal's part.
+) -> tuple[list[ShardRecord], int]:
+    """Writes the unfinished shards of a part, and records them in its journal.
 
     Args:
         splits: The samples.
         jobs: All shards of the set.
-        journal: Records finished shards. Shards are written to its folder.
-        encoding: One of `ENCODINGS`.
+        out: Created if missing. Intact shards in it are kept if a journal records them, also one of another division.
+        part: Part to write.
+        header: Header of the journal.
         workers: Threads that decode, encode and hash.
         bar: Progress bar in samples.
-        any_division: Whether to reuse shards of an interrupted call that divided the set into another number of parts.
-        extra_fields: Computes fields that are added to a shard's record.
 
     Returns:
-        The records of all shards of the part by file name, and the number of shards that were written.
+        The records of all shards of the part, and the number of shards that were written.
 
     Raises:
         UserError: See `pack`.
     """
-    journal.out.mkdir(parents=True, exist_ok=True)
-    jobs = journal.part.select(jobs)
-    urls = {job.url for job in jobs}
-    recorded = [(part, record) for part, record in journal.read(any_division) if record["url"] in urls]
-    checked = check_shards(journal.out, [record for _, record in recorded], workers)
-    finished: dict[str, ShardRecord] = {}
-    for (part, _), (record, problem) in zip(recorded, checked, strict=True):
-        if problem is None and record["url"] not in finished:
-            finished[record["url"]] = record
-            bar.update(record["nsamples"])
-            if part != journal.part:
-                journal.add(record)
-    remaining = [job for job in jobs if job.url not in finished]
-    for record in _write_all(remaining, splits, journal.out, encoding, workers, extra_fields):
-        journal.add(record)
-        finished[record["url"]] = record
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = part.select(jobs)
+    journals = read_journals(out, header)
+    journal = journals.get(part) or Journal(out / part.journal_name, header)
+    finished = set()
+    for record in find_intact_shards(out, journals.values(), jobs, workers):
+        if journal.records.get(record["url"]) != record:
+            journal.add(record)
+        finished.add(record["url"])
         bar.update(record["nsamples"])
-    journal.flush()
-    return finished, len(remaining)
+    remaining = [job for job in jobs if job.url not in finished]
+    for record in _write_all(remaining, splits, out, header["vae_scale"]["encoding"], workers):
+        journal.add(record)
+        bar.update(record["nsamples"])
+    return [journal.records[job.url] for job in jobs], len(remaining)
 
 
-def _write_all(
-    jobs: list[ShardJob],
-    splits: Sequence[Split],
-    out: Path,
-    encoding: str,
-    workers: int,
-    extra_fields: Callable[[Arrays], ShardRecord],
-) -> Iterator[ShardRecord]:
-    """Writes shards in `workers` threads. Yields the records of finished shards."""
+def _write_all(jobs: list[ShardJob], splits: Sequence[Split], out: Path, encoding: str, workers: int) -> Iterator[ShardRecord]:
+    """Writes shards in `workers` threads. Yields their records in order."""
     by_name = {split.name: split for split in splits}
 
     def write(job: ShardJob, raw: list[Any]) -> ShardRecord:
@@ -203,16 +187,16 @@ def _write_all(
         keys = [f"{job.split}-{row:08d}" for row in range(job.start, job.stop)]
         labels = split.labels[job.start : job.stop]
         record = write_shard(out / job.url, keys, labels, samples, encoding)
-        return record | {"split": job.split, "labels": labels} | extra_fields(samples)
+        return record | {"split": job.split, "labels": labels}
 
-    pending: set[Future[ShardRecord]] = set()
+    pending: deque[Future[ShardRecord]] = deque()
     with ThreadPoolExecutor(workers, "packing") as pool:
         try:
             for job in jobs:
-                if len(pending) == workers:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-                pending.add(pool.submit(write, job, [by_name[job.split].fetch(job.start, job.stop)]))
-            yield from (future.result() for future in as_completed(pending))
+                if len(pending) > workers:  # one more than workers, so that none is idle while the first is collected
+                    yield pending.popleft().result()
+                pending.append(pool.submit(write, job, [by_name[job.split].fetch(job.start, job.stop)]))
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)

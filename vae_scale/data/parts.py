@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from vae_scale.data.shard_file import shard_name
 from vae_scale.errors import UserError
-from vae_scale.files import atomic_path, sha256_of
+from vae_scale.files import atomic_write, sha256_of
 
 T = TypeVar("T")
 ShardRecord = dict[str, Any]  # a shard's entry in the manifest
@@ -41,7 +41,7 @@ def list_jobs(name: str, split_sizes: dict[str, int], images_per_shard: int) -> 
     ]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Part:
     """Part `number` (from 1) of `count`. A set packed by one process is part 1 of 1."""
 
@@ -58,16 +58,14 @@ class Part:
         Raises:
             UserError: The text is not of this form, or i is out of range.
         """
-        match = re.fullmatch(r"(\d{1,6})/([1-9]\d{0,5})", text)
-        if not match:
-            raise UserError(f"--part {text}: expected I/N, for example 2/4 for part 2 of 4")
-        part = cls(int(match[1]), int(match[2]))
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        part = cls(int(match[1]), int(match[2])) if match else cls(0)
         if not 1 <= part.number <= part.count:
-            raise UserError(f"--part {text}: must be from 1/{part.count} to {part.count}/{part.count}")
+            raise UserError(f"--part {text}: expected I/N with I from 1 to N, for example 2/4 for part 2 of 4")
         return part
 
     def select(self, items: Sequence[T]) -> Sequence[T]:
-        """Returns the items of this part. They are consecutive, so that a part reads one range of an archive."""
+        """Returns the items of this part, which are consecutive."""
         start, stop = (number * len(items) // self.count for number in (self.number - 1, self.number))
         return items[start:stop]
 
@@ -77,27 +75,47 @@ class Part:
         return ".packing.jsonl" if self.count == 1 else f".packing-{self.number}-of-{self.count}.jsonl"
 
 
-def find_journals(folder: Path) -> dict[Part, Path]:
-    """Returns the journals in a folder, sorted by part."""
-    journals = {}
-    for path in folder.glob(".packing*.jsonl"):
-        if match := re.fullmatch(r"\.packing(?:-(\d+)-of-(\d+))?\.jsonl", path.name):
-            journals[Part(int(match[1] or 1), int(match[2] or 1))] = path
-    return dict(sorted(journals.items()))
+@dataclass
+class Journal:
+    """The journal of one part: a line with the header, then one line per finished shard.
+
+    Attributes:
+        path: Created by the first `add`.
+        header: Describes the set.
+        records: Finished shards by file name.
+    """
+
+    path: Path
+    header: JournalHeader
+    records: dict[str, ShardRecord] = field(default_factory=dict)
+
+    def add(self, record: ShardRecord) -> None:
+        """Appends the record of a finished shard."""
+        if not self.path.exists():
+            atomic_write(self.path, json.dumps(self.header))
+        with self.path.open("a") as file:
+            file.write("\n" + json.dumps(record))
+        self.records[record["url"]] = record
 
 
-def remove_journals(folder: Path) -> None:
-    """Removes the journals of a complete set."""
-    for path in find_journals(folder).values():
-        path.unlink(missing_ok=True)
-
-
-def read_journal(path: Path) -> tuple[JournalHeader, dict[str, ShardRecord]]:
-    """Returns a journal's header and the records of its finished shards by file name.
+def read_journals(folder: Path, header: JournalHeader | None = None) -> dict[Part, Journal]:
+    """Reads the journals of all parts in a folder.
 
     Raises:
-        UserError: The first line is not a valid header.
+        UserError: A journal is damaged, or of another set than `header` (by default, than the first journal).
     """
+    journals = {}
+    for path in sorted(folder.glob(".packing*.jsonl")):
+        if match := re.fullmatch(r"\.packing(?:-(\d+)-of-(\d+))?\.jsonl", path.name):
+            journal = _read_journal(path)
+            header = header or journal.header
+            if journal.header["vae_scale"]["fingerprint"] != header["vae_scale"]["fingerprint"]:
+                raise UserError(f"{path}: is of another source or other options; choose another --out, or remove this file")
+            journals[Part(int(match[1] or 1), int(match[2] or 1))] = journal
+    return journals
+
+
+def _read_journal(path: Path) -> Journal:
     lines: list[Any] = []
     for line in path.read_text("utf-8", "replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):  # the last line is incomplete if the process was killed
@@ -105,7 +123,7 @@ def read_journal(path: Path) -> tuple[JournalHeader, dict[str, ShardRecord]]:
     if not lines or not _is_header(lines[0]):
         raise UserError(f"{path}: not a journal of this version of vae_scale; remove it and run the command again")
     records = [line for line in lines[1:] if isinstance(line, dict) and line.keys() >= RECORD_KEYS]
-    return lines[0], {str(record["url"]): record for record in records}
+    return Journal(path, lines[0], {str(record["url"]): record for record in records})
 
 
 def _is_header(line: Any) -> bool:
@@ -119,135 +137,62 @@ def _is_header(line: Any) -> bool:
         return False
 
 
-class Journal:
-    """The journal of one part: a header, then one record per finished shard.
+def find_intact_shards(
+    out: Path, journals: Collection[Journal], jobs: Sequence[ShardJob], workers: int
+) -> Iterator[ShardRecord]:
+    """Yields the records of the shards whose files have the sha256 of a record."""
 
-    The header contains the hashes of the sources, which may still be computed while the first shards are written. Records are
-    kept in memory until it is available.
-    """
-
-    def __init__(self, out: Path, part: Part, header: Future[JournalHeader]) -> None:
-        self.out, self.part, self._header = out, part, header
-        self._pending: list[ShardRecord] = []
-
-    def read(self, any_division: bool) -> Iterator[tuple[Part, ShardRecord]]:
-        """Yields the records of all journals in the folder, each with the part that wrote it.
-
-        Raises:
-            UserError: A journal belongs to another set or, unless `any_division`, to another number of parts.
-        """
-        for part, path in find_journals(self.out).items():
-            header, records = read_journal(path)
-            if header["vae_scale"]["fingerprint"] != self._header.result()["vae_scale"]["fingerprint"]:
-                raise UserError(
-                    f"{self.out}: contains an interrupted set of another source or other options; choose another --out"
-                )
-            if part.count != self.part.count and not any_division:
-                raise UserError(
-                    f"{self.out}: contains part {part} of a set, not of {self.part.count} parts; choose another --out"
-                )
-            yield from ((part, record) for record in records.values())
-
-    def add(self, record: ShardRecord) -> None:
-        """Appends the record of a finished shard."""
-        self._pending.append(record)
-        if self._header.done():
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes all pending records."""
-        path = self.out / self.part.journal_name
-        if not path.exists():
-            _write_line(path, self._header.result())
-        with path.open("a") as file:
-            file.writelines("\n" + json.dumps(record) for record in self._pending)
-        self._pending.clear()
-
-
-def check_shards(out: Path, records: Iterable[ShardRecord], workers: int) -> Iterator[tuple[ShardRecord, str | None]]:
-    """Compares the size and sha256 of shards with their records. Yields each record and its problem, or None."""
-
-    def check(record: ShardRecord) -> tuple[ShardRecord, str | None]:
-        path = out / record["url"]
-        if not path.is_file():
-            return record, "is missing"
-        if (size := path.stat().st_size) != record["filesize"]:
-            return record, f"has {size} bytes, expected {record['filesize']}"
-        return record, None if sha256_of(path) == record["sha256"] else "is damaged (its sha256 differs)"
+    def find(job: ShardJob) -> ShardRecord | None:
+        path, records = out / job.url, [journal.records[job.url] for journal in journals if job.url in journal.records]
+        digest = sha256_of(path) if records and path.is_file() else None
+        return next((record for record in records if record["sha256"] == digest), None)
 
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(check, records)
+        yield from filter(None, pool.map(find, jobs))
 
 
-def merge(out: Path, workers: int) -> list[str]:
+def merge(out: Path, workers: int) -> None:
     """Merges the parts in `out` into one set, with the same files as if one process had packed it.
 
     Args:
         out: Folder with the shards and the journals of all parts. A complete set is not changed.
         workers: Threads that check the shards.
 
-    Returns:
-        Problems, one line each, with the part to run again. Nothing is written unless the list is empty.
-
     Raises:
-        UserError: There are no parts, or their numbers of parts differ.
+        UserError: There are no parts, they are of different sets, or shards are missing or damaged. Nothing is written.
     """
-    journals = find_journals(out)
     if (out / "index.json").exists():
         remove_journals(out)
-        return []
+        return
+    journals = read_journals(out)
     if not journals:
         raise UserError(
             f"--merge {out}: no parts found; write them with --part and copy their .packing-* files with the shards"
         )
-    counts = sorted({part.count for part in journals})
-    if counts == [1]:
-        raise UserError(f"--merge {out}: contains an interrupted pack, not parts; run the same command again")
-    if len(counts) > 1:
-        names = ", ".join(part.journal_name for part in journals)
-        raise UserError(
-            f"--merge {out}: contains parts of different divisions ({names}); remove the journals of other divisions"
-        )
-
-    header, _ = read_journal(next(iter(journals.values())))
+    header = next(iter(journals.values())).header
     jobs = list_jobs(header["name"], header["vae_scale"]["splits"], header["images_per_shard"])
-    parts = [Part(number, counts[0]) for number in range(1, counts[0] + 1)]
-    owners = {job.url: part for part in parts for job in part.select(jobs)}
-    records: dict[str, ShardRecord] = {}
-    problems = []
-    for part in parts:
-        urls = [job.url for job in part.select(jobs)]
-        part_records, problem = _read_part(part, journals.get(part), header, urls)
-        records |= part_records
-        problems += [problem] if problem else []
-    size = sum(record["filesize"] for record in records.values())
-    with tqdm(total=size, unit="B", unit_scale=True, desc=f"checking {out}") as bar:
-        for record, problem in check_shards(out, records.values(), workers):
-            bar.update(record["filesize"])
-            if problem:
-                problems.append(f"{record['url']} {problem}; run --part {owners[record['url']]} again, or copy the file again")
-    if not problems:
-        write_manifests(out, header["name"], [records[job.url] for job in jobs], header["vae_scale"])
-    return problems
+    records = {}
+    with tqdm(total=len(jobs), unit=" shards", desc=f"checking {out}") as bar:
+        for record in find_intact_shards(out, journals.values(), jobs, workers):
+            records[record["url"]] = record
+            bar.update()
+    if missing := [job for job in jobs if job.url not in records]:
+        count = max(part.count for part in journals)
+        parts = [Part(number, count) for number in range(1, count + 1)]
+        incomplete = [part for part in parts if any(job.url not in records for job in part.select(jobs))]
+        raise UserError(
+            f"--merge {out}: {len(missing):,} of {len(jobs):,} shards are missing or damaged "
+            f"({_abbreviate([job.url for job in missing])}); run --part {_abbreviate(incomplete)} again, "
+            "or copy these shards and their .packing-* files again"
+        )
+    write_manifests(out, header["name"], [records[job.url] for job in jobs], header["vae_scale"])
 
 
-def _read_part(
-    part: Part, journal: Path | None, header: JournalHeader, urls: list[str]
-) -> tuple[dict[str, ShardRecord], str | None]:
-    """Returns the records of a part's shards, and its problem, or None."""
-    if journal is None:
-        return {}, f"part {part} is missing; run --part {part}, or copy {part.journal_name} and its shards"
-    part_header, records = read_journal(journal)
-    if part_header != header:
-        problem = f"part {part} is of another source or other options than the first part"
-        return {}, f"{problem}; remove {journal.name} and run --part {part} again, with the first part's source and options"
-    missing = [url for url in urls if url not in records]
-    names = " to ".join(dict.fromkeys([missing[0], missing[-1]])) if missing else ""
-    problem = f"part {part} is missing {len(missing)} of its {len(urls)} shards ({names}); run --part {part} again"
-    return {url: records[url] for url in urls if url in records}, problem if missing else None
+def _abbreviate(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
 
 
-def is_complete(out: Path, header: Future[JournalHeader]) -> bool:
+def is_complete(out: Path, header: JournalHeader) -> bool:
     """Returns whether `out` contains the complete set described by `header`, and removes its journals.
 
     Raises:
@@ -256,24 +201,37 @@ def is_complete(out: Path, header: Future[JournalHeader]) -> bool:
     if not (out / "index.json").exists():
         return False
     try:
-        existing = json.loads((out / "index.json").read_text())["vae_scale"]["fingerprint"]
+        fingerprint = json.loads((out / "index.json").read_text())["vae_scale"]["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        existing = None
-    if existing != header.result()["vae_scale"]["fingerprint"]:
+        fingerprint = None
+    if fingerprint != header["vae_scale"]["fingerprint"]:
         raise UserError(f"{out}: contains a complete set of another source or other options; choose another --out")
     remove_journals(out)
     return True
 
 
-def fingerprint(identity: Any) -> str:
+def remove_journals(folder: Path) -> None:
+    """Removes the journals of a complete set."""
+    for path in folder.glob(".packing*.jsonl"):
+        path.unlink(missing_ok=True)
+
+
+def compute_fingerprint(identity: Any) -> str:
     """Returns the sha256 of a JSON value that identifies a set."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifests(out: Path, name: str, records: list[ShardRecord], info: dict[str, Any]) -> None:
-    """Writes sizes.json, _info.json and, last, index.json, which marks the set as complete; then removes the journals."""
-    for file_name, content in side_manifests(name, [(r["url"], r["split"], r["nsamples"]) for r in records]).items():
-        _write_line(out / file_name, content)
+    """Writes sizes.json (for open_clip), _info.json (for timm) and, last, index.json, and removes the journals."""
+    splits: dict[str, dict[str, Any]] = {}
+    for record in records:
+        split = record["split"]
+        entry = splits.setdefault(split, {"name": split, "num_samples": 0, "filenames": [], "shard_lengths": []})
+        entry["num_samples"] += record["nsamples"]
+        entry["filenames"].append(record["url"])
+        entry["shard_lengths"].append(record["nsamples"])
+    atomic_write(out / "sizes.json", json.dumps({record["url"]: record["nsamples"] for record in records}))
+    atomic_write(out / "_info.json", json.dumps({"name": name, "splits": splits}))
     write_index(out, name, records, info)
     remove_journals(out)
 
@@ -281,26 +239,4 @@ def write_manifests(out: Path, name: str, records: list[ShardRecord], info: dict
 def write_index(out: Path, name: str, records: list[ShardRecord], info: dict[str, Any]) -> None:
     """Writes index.json."""
     kind = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name}
-    _write_line(out / "index.json", kind | {"shardlist": records, "vae_scale": info})
-
-
-def side_manifests(name: str, shards: list[tuple[str, str, int]]) -> dict[str, Any]:
-    """Returns the content of sizes.json (for open_clip) and _info.json (for timm).
-
-    Args:
-        name: Name of the set.
-        shards: File name, split and number of images of each shard.
-    """
-    splits: dict[str, dict[str, Any]] = {}
-    for url, split, samples in shards:
-        entry = splits.setdefault(split, {"name": split, "num_samples": 0, "filenames": [], "shard_lengths": []})
-        entry["num_samples"] += samples
-        entry["filenames"].append(url)
-        entry["shard_lengths"].append(samples)
-    return {"sizes.json": {url: samples for url, _, samples in shards}, "_info.json": {"name": name, "splits": splits}}
-
-
-def _write_line(path: Path, content: dict[str, Any]) -> None:
-    """Writes one line of JSON atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content))
+    atomic_write(out / "index.json", json.dumps(kind | {"shardlist": records, "vae_scale": info}))

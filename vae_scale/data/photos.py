@@ -1,15 +1,15 @@
-"""The demo data set: random crops of photographs from the scikit-image wheel, in the format of the STL-10 binaries."""
+"""The demo data set: random crops of photographs from the scikit-image wheel."""
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from vae_scale.data.images import Images
-from vae_scale.data.stl10 import SIDE, write_binaries
+from vae_scale.data.packing import Source
 from vae_scale.errors import UserError
+from vae_scale.files import sha256_of
 from vae_scale.randomness import derive_seed
 
 PHOTOS = {
@@ -20,40 +20,53 @@ PHOTOS = {
     "rocket": "rocket.jpg",
 }
 CROPS = {"train": 1_000, "unlabeled": 4_000, "test": 500}
+SIDE = 96
 MIN_SCALE, MAX_SCALE = 0.7, 1.0  # side of a crop relative to the photograph's shorter side
-CHUNK = 500
 
 
-def write_photos(folder: Path) -> None:
-    """Writes the crops to `folder` unless it exists. The bytes are reproducible.
+def open_photos(splits: list[str]) -> Source:
+    """Opens the photographs of scikit-image. Crop i of a split shows photograph i modulo 5; its position depends on i alone.
 
     Raises:
-        UserError: scikit-image is not installed.
+        UserError: scikit-image is not installed, or a split does not exist.
     """
-    if folder.exists():
-        return
+    if unknown := sorted(set(splits) - set(CROPS)):
+        raise UserError(f"--splits {','.join(unknown)}: the photographs have {', '.join(CROPS)}")
     try:
         import skimage
     except ImportError:
         raise UserError("--source photos requires scikit-image's photographs: pip install scikit-image") from None
-    photos = [Image.open(Path(skimage.__file__).parent / "data" / file).convert("RGB") for file in PHOTOS.values()]
-
-    def make_crops(split: str) -> Iterator[tuple[Images, list[int]]]:
-        for begin in range(0, CROPS[split], CHUNK):
-            numbers = range(begin, min(begin + CHUNK, CROPS[split]))
-            labels = [number % len(photos) for number in numbers]
-            yield np.stack([_crop(photos[label], split, number) for number, label in zip(numbers, labels, strict=True)]), labels
-            bar.update(len(numbers))
-
-    temporary = folder.with_name(f".{folder.name}.tmp")  # an interrupted call leaves no incomplete folder
-    with tqdm(total=sum(CROPS.values()), unit=" crops", unit_scale=True, desc=f"cropping {len(photos)} photographs") as bar:
-        write_binaries(temporary, {split: make_crops(split) for split in CROPS}, list(PHOTOS))
-    temporary.replace(folder)
+    paths = [Path(skimage.__file__).parent / "data" / name for name in PHOTOS.values()]
+    photos = [Image.open(path).convert("RGB") for path in paths]
+    return Source(
+        splits=[
+            _PhotoSplit(split, [-1 if split == "unlabeled" else n % len(photos) for n in range(CROPS[split])], photos)
+            for split in splits
+        ],
+        class_names=list(PHOTOS),
+        hashes={path.name: sha256_of(path) for path in paths},
+    )
 
 
-def _crop(photo: Image.Image, split: str, number: int) -> Images:
-    scale, x, y = np.random.Generator(np.random.Philox(key=derive_seed(split, number, "crop"))).random(3)
-    side = min(photo.size) * (MIN_SCALE + (MAX_SCALE - MIN_SCALE) * scale)
-    left, top = (photo.width - side) * x, (photo.height - side) * y
-    box = (left, top, left + side, top + side)
-    return np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=box))
+@dataclass
+class _PhotoSplit:
+    """The crops of one split as a `packing.Split`."""
+
+    name: str
+    labels: list[int]
+    photos: list[Image.Image]
+    shape: tuple[int, int, int] = (SIDE, SIDE, 3)
+
+    def fetch(self, start: int, stop: int) -> range:
+        return range(start, stop)
+
+    def decode(self, raw: range) -> Images:
+        return np.stack([self._crop(number) for number in raw])
+
+    def _crop(self, number: int) -> Images:
+        photo = self.photos[number % len(self.photos)]
+        scale, x, y = np.random.Generator(np.random.Philox(key=derive_seed(self.name, number, "crop"))).random(3)
+        side = min(photo.size) * (MIN_SCALE + (MAX_SCALE - MIN_SCALE) * scale)
+        left, top = (photo.width - side) * x, (photo.height - side) * y
+        box = (left, top, left + side, top + side)
+        return np.asarray(photo.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=box))

@@ -6,10 +6,10 @@ appears exactly once per epoch for any number of ranks, batches do not depend on
 only state.
 """
 
-import itertools
-from collections import OrderedDict
+import functools
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,33 +29,28 @@ def permutation(count: int, *parts: int | str) -> Rows:
     return (np.sort(values | np.arange(count, dtype=np.uint64)) & mask).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class _Epoch:
+class _Epoch(NamedTuple):
     """Division of the images of an epoch into streams. Positions are indices into the images of its permuted shards."""
 
     shards: Rows  # permuted: int64 [shards]
-    ends: Rows  # position after each shard: int64 [shards]
+    edges: Rows  # start of each shard, followed by the number of images: int64 [shards + 1]
     bounds: list[int]  # start of each stream, followed by the number of images: [streams + 1]
     shifts: list[int]  # position of an image minus its index in its stream, counted from the start of the run: [streams]
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Consecutive shards `first` to `last` of one stream whose rows, at positions `begin` to `end`, are shuffled together."""
+class _Window(NamedTuple):
+    """Images of one stream, at positions `begin` to `end`, that are shuffled together."""
 
     epoch: int
     stream: int
-    first: int
-    last: int
     begin: int
     end: int
 
 
-@dataclass
 class Plan:
     """The order of training images.
 
-    Attributes:
+    Args:
         sizes: Number of samples of each shard.
         seed: Seed of the permutations.
         batch: Global batch size, a multiple of `streams`.
@@ -63,22 +58,15 @@ class Plan:
         streams: Number of equal parts of a batch, read from different shards. A rank reads only the shards of its parts.
     """
 
-    sizes: Sequence[int]
-    seed: int
-    batch: int
-    window: int
-    streams: int = 1
-    _starts: Rows = field(init=False, repr=False)
-    # Consecutive batches need the same epochs and windows, at most two windows per stream.
-    _epochs: "OrderedDict[int, _Epoch]" = field(init=False, repr=False, default_factory=OrderedDict)
-    _windows: "OrderedDict[_Window, Rows]" = field(init=False, repr=False, default_factory=OrderedDict)
-    _current: dict[int, _Window] = field(init=False, repr=False, default_factory=dict)
-    _upcoming: tuple[list[_Window], list[int]] = field(init=False, repr=False, default=([], []))
-
-    def __post_init__(self) -> None:
-        if self.batch % self.streams:
-            raise ValueError(f"a batch of {self.batch} images is not divisible by {self.streams} streams")
-        self._starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+    def __init__(self, sizes: Sequence[int], seed: int, batch: int, window: int, streams: int = 1) -> None:
+        if batch % streams:
+            raise ValueError(f"a batch of {batch} images is not divisible by {streams} streams")
+        self.sizes, self.seed, self.batch, self.window, self.streams = sizes, seed, batch, window, streams
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        # Consecutive batches need the same epochs and windows, at most two windows per stream.
+        self._epoch = functools.lru_cache(3)(self._divide_epoch)
+        self._window_rows = functools.lru_cache(2 * streams)(self._shuffle_window)
+        self._shards_to_load = functools.lru_cache(1)(self._list_shards)
 
     @property
     def images(self) -> int:
@@ -95,13 +83,8 @@ class Plan:
         """
         size = self.batch // world_size
         segments = list(self._segments(images_seen + rank * size, size))
-        windows = [window for window, _ in segments]
-        if windows != self._upcoming[0]:
-            next_windows = [self._next_window(window) for window in {window.stream: window for window in windows}.values()]
-            shards = [shard for window in windows + next_windows for shard in self._window_shards(window).tolist()]
-            self._upcoming = (windows, list(dict.fromkeys(shards)))
-        rows = [self._window_rows(window)[segment] for window, segment in segments]
-        return rows[0] if len(rows) == 1 else np.concatenate(rows), self._upcoming[1]
+        rows = np.concatenate([self._window_rows(window)[part] for window, part in segments])
+        return rows, self._shards_to_load(tuple(window for window, _ in segments))
 
     def rows(self, images_seen: int, rank: int = 0, world_size: int = 1) -> Rows:
         """Returns the rows of `local_batch`."""
@@ -110,19 +93,19 @@ class Plan:
     def epoch_order(self, epoch: int) -> Rows:
         """Returns all rows in the order of an epoch: int64 [images]."""
         segments = self._segments(epoch * self.images, self.images)
-        return np.concatenate([self._window_rows(window)[segment] for window, segment in segments])
+        return np.concatenate([self._window_rows(window)[part] for window, part in segments])
 
     def _segments(self, position: int, count: int) -> Iterator[tuple[_Window, slice]]:
         """Yields windows and slices of their rows that contain the `count` images after the first `position` images."""
         stream_batch = self.batch // self.streams
         while count:
-            epoch, (batch, offset) = position // self.images, divmod(position, self.batch)
+            number, offset = position // self.images, position % self.batch
             stream = offset // stream_batch
-            begin = self._epoch(epoch).shifts[stream] + self._images_before(position, stream)
-            window = self._window(epoch, stream, begin)
+            begin = self._epoch(number).shifts[stream] + self._images_before(position, stream)
+            window = self._window(number, stream, begin)
             # A segment ends with the stream's part of the batch, the epoch or the window.
-            batch_end = batch * self.batch + (stream + 1) * stream_batch
-            length = min(count, batch_end - position, (epoch + 1) * self.images - position, window.end - begin)
+            batch_rest = (stream + 1) * stream_batch - offset
+            length = min(count, batch_rest, (number + 1) * self.images - position, window.end - begin)
             yield window, slice(begin - window.begin, begin - window.begin + length)
             position, count = position + length, count - length
 
@@ -132,63 +115,54 @@ class Plan:
         batches, remainder = divmod(position, self.batch)
         return batches * stream_batch + min(max(remainder - stream * stream_batch, 0), stream_batch)
 
-    def _epoch(self, number: int) -> _Epoch:
-        if number not in self._epochs:
-            shards = permutation(len(self.sizes), self.seed, number, "shards")
-            before, after = (
-                [self._images_before(epoch * self.images, stream) for stream in range(self.streams)]
-                for epoch in (number, number + 1)
-            )
-            bounds = [0, *itertools.accumulate(end - begin for begin, end in zip(before, after, strict=True))]
-            ends = np.cumsum(np.asarray(self.sizes, np.int64)[shards])
-            shifts = [bound - begin for bound, begin in zip(bounds, before, strict=False)]
-            self._epochs[number] = _Epoch(shards, ends, bounds, shifts)
-            if len(self._epochs) > 3:
-                self._epochs.popitem(last=False)
-        return self._epochs[number]
+    def _divide_epoch(self, number: int) -> _Epoch:
+        shards = permutation(len(self.sizes), self.seed, number, "shards")
+        edges = np.concatenate([[0], np.cumsum(np.diff(self._starts)[shards])])
+        bounds, shifts = [0], []
+        for stream in range(self.streams):
+            before, after = (self._images_before(epoch * self.images, stream) for epoch in (number, number + 1))
+            shifts.append(bounds[-1] - before)
+            bounds.append(bounds[-1] + after - before)
+        return _Epoch(shards, edges, bounds, shifts)
 
     def _window(self, number: int, stream: int, position: int) -> _Window:
         """Returns the window of a stream that contains a position of an epoch."""
-        current = self._current.get(stream)
-        if current and current.epoch == number and current.begin <= position < current.end:
-            return current
-        epoch = self._epoch(number)
-        start, shard = np.searchsorted(epoch.ends, [epoch.bounds[stream], position], side="right").tolist()
+        _, edges, bounds, _ = self._epoch(number)
+        start, shard = bisect_right(edges, bounds[stream]) - 1, bisect_right(edges, position) - 1
         first = start + (shard - start) // self.window * self.window
-        last = min(first + self.window, len(epoch.shards)) - 1
-        begin = max(epoch.bounds[stream], int(epoch.ends[first - 1]) if first else 0)
-        end = min(epoch.bounds[stream + 1], int(epoch.ends[last]))
-        last = int(np.searchsorted(epoch.ends, end, side="left"))
-        self._current[stream] = _Window(number, stream, first, last, begin, end)
-        return self._current[stream]
+        begin = max(bounds[stream], int(edges[first]))
+        end = min(bounds[stream + 1], int(edges[min(first + self.window, len(self.sizes))]))
+        return _Window(number, stream, begin, end)
 
     def _next_window(self, window: _Window) -> _Window:
         """Returns the next window of the same stream."""
-        number, stream = window.epoch, window.stream
-        position = window.end
+        number, stream, _, position = window
         while position == self._epoch(number).bounds[stream + 1]:
             number += 1  # in a very small set, a stream may have no images in an epoch
             position = self._epoch(number).bounds[stream]
         return self._window(number, stream, position)
 
-    def _window_shards(self, window: _Window) -> Rows:
-        return self._epoch(window.epoch).shards[window.first : window.last + 1]
+    def _shard_range(self, window: _Window) -> range:
+        """Returns the indices of the window's shards in the permutation. The first and last may be shared by two streams."""
+        edges = self._epoch(window.epoch).edges
+        return range(bisect_right(edges, window.begin) - 1, bisect_left(edges, window.end))
 
-    def _window_rows(self, window: _Window) -> Rows:
+    def _list_shards(self, windows: tuple[_Window, ...]) -> list[int]:
+        """Returns the shards of `windows` and of the next window of each stream."""
+        next_windows = [self._next_window(window) for window in {window.stream: window for window in windows}.values()]
+        shards = [self._epoch(window.epoch).shards[self._shard_range(window)] for window in [*windows, *next_windows]]
+        return list(dict.fromkeys(np.concatenate(shards).tolist()))
+
+    def _shuffle_window(self, window: _Window) -> Rows:
         """Returns the shuffled rows of a window: int64 [images of the window]."""
-        if window not in self._windows:
-            rows_by_shard = []
-            ends = self._epoch(window.epoch).ends[window.first : window.last + 1]
-            for shard, end in sorted(zip(self._window_shards(window).tolist(), ends.tolist(), strict=True)):
-                # A shard may be divided between two streams.
-                first = self._starts[shard + 1] - end
-                rows_by_shard.append(np.arange(max(self._starts[shard], first + window.begin), first + min(end, window.end)))
-            rows = np.concatenate(rows_by_shard)
-            self._windows[window] = rows[permutation(len(rows), self.seed, window.epoch, window.first, "rows")]
-            if len(self._windows) > 2 * self.streams:
-                self._windows.popitem(last=False)
-        self._windows.move_to_end(window)
-        return self._windows[window]
+        shards, edges, _, _ = self._epoch(window.epoch)
+        indices = self._shard_range(window)
+        rows_by_shard = []
+        for index in sorted(indices, key=shards.__getitem__):
+            positions = np.arange(max(edges[index], window.begin), min(edges[index + 1], window.end))
+            rows_by_shard.append(self._starts[shards[index]] + positions - edges[index])
+        rows = np.concatenate(rows_by_shard)
+        return rows[permutation(len(rows), self.seed, window.epoch, indices[0], "rows")]
 
 
 def evaluation_rows(images: int, batch: int, rank: int, world_size: int) -> list[tuple[Rows, npt.NDArray[np.float32]]]:

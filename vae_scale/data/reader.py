@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -24,35 +25,21 @@ class RowAddresses:
         rows: Rows of the set, after replacement of the rows of bad shards: int64 [n].
         addresses: Addresses of their pixels: int64 [n].
         shards: References that keep the memory alive.
-        num_replaced: Number of rows that were replaced.
     """
 
     rows: Rows
     addresses: Rows
     shards: list[LoadedShard]
-    num_replaced: int = 0
 
     def copy(self, out: Images) -> None:
         """Copies the images to `out`, contiguous uint8 [n, H, W, 3]. Thread-safe."""
         # The images are in many mapped files. The memory from the first to the last is viewed as overlapping rows, so that one
         # index_select gathers all images, without the interpreter lock and without a loop over images.
         first, last, size = int(self.addresses.min()), int(self.addresses.max()), out[0].size
-        memory = torch.from_numpy(np.asarray(_Memory(first, (last - first + 1, size), (1, 1))))
+        layout = {"version": 3, "typestr": "|u1", "data": (first, False), "shape": (last - first + 1, size), "strides": (1, 1)}
+        memory = torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=layout)))
         offsets = torch.from_numpy(self.addresses - first)
         torch.index_select(memory, 0, offsets, out=torch.from_numpy(out).view(len(out), size))
-
-
-class _Memory:
-    """Exposes raw memory to NumPy."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "data": (address, False),
-            "shape": shape,
-            "strides": strides,
-        }
 
 
 class Reader:
@@ -67,11 +54,8 @@ class Reader:
         self._requested: list[int] = []
         self._loaded: dict[int, LoadedShard] = {}
         self._references: list[LoadedShard] = []
-        self._shard_of_row = np.repeat(np.arange(len(shards.shards)), np.diff(shards.starts))
-        # For each shard, the address of its row r minus r * stride; 0 if not loaded.
-        self._origins = np.zeros(len(shards.shards), np.int64)
-        self._sources = np.arange(len(shards.shards))  # the shard read in place of each shard
-        self._has_replacements = False
+        # Of the images that were read for each shard: their address (0 if not loaded), number, and row of the first image.
+        self._addresses, self._sizes, self._first_rows = np.zeros((3, len(shards.shards)), np.int64)
         self._stride = 0
         self._queue: queue.SimpleQueue[tuple[int, LoadedShard] | None] = queue.SimpleQueue()
         # Daemon threads, so that exiting does not wait for a download.
@@ -95,22 +79,23 @@ class Reader:
         self._requested = indices
         for index in set(self._loaded) - set(indices):
             self._loaded.pop(index).cancel()
-            self._origins[index] = 0
+            self._addresses[index] = 0
         for index in indices:
             if index not in self._loaded:
                 self._loaded[index] = Future()
                 self._queue.put((index, self._loaded[index]))
         self._references = list(self._loaded.values())
 
-    def gather(self, rows: Rows, out: Images) -> None:
-        """Copies rows of prefetched shards to `out`, contiguous uint8 [len(rows), H, W, 3].
+    def gather(self, rows: Rows) -> Images:
+        """Copies rows of prefetched shards: uint8 [len(rows), H, W, 3].
 
         Raises:
             UserError: A shard is missing, damaged or cannot be downloaded.
         """
-        addresses = self.locate(rows)
-        addresses.copy(out)
-        self.shards.count_replaced(addresses.num_replaced)
+        located, images = self.locate(rows), np.empty((len(rows), *self.shards.image_shape), np.uint8)
+        located.copy(images)
+        self.shards.count_replaced((located.rows != rows).sum())
+        return images
 
     def locate(self, rows: Rows) -> RowAddresses:
         """Waits until the shards of `rows`, which must be prefetched, are loaded, and returns the addresses of the rows.
@@ -119,18 +104,15 @@ class Reader:
             UserError: A shard is missing, damaged or cannot be downloaded.
         """
         references = self._references  # read before waiting, because another thread may release the shards
-        indices = self._shard_of_row[rows]
-        for index in set(indices[self._origins[indices] == 0].tolist()):
-            array, source = self._loaded[index].result()
-            self._stride = array.strides[0]
-            self._sources[index] = source
-            self._has_replacements |= source != index
-            self._origins[index] = array.ctypes.data - int(self.shards.starts[source]) * self._stride
-        num_replaced = 0
-        if self._has_replacements:
-            sources = self._sources[indices]
-            rows, num_replaced = self.shards.replacement_rows(rows, indices, sources), int((sources != indices).sum())
-        return RowAddresses(rows, self._origins[indices] + rows * self._stride, references, num_replaced)
+        indices = self.shards.shard_indices(rows)
+        for index in set(indices[self._addresses[indices] == 0].tolist()):
+            images, source = self._loaded[index].result()
+            self._stride = images.strides[0]
+            self._sizes[index], self._first_rows[index] = len(images), self.shards.starts[source]
+            self._addresses[index] = images.ctypes.data
+        positions = (rows - self.shards.starts[indices]) % self._sizes[indices]
+        addresses = self._addresses[indices] + positions * self._stride
+        return RowAddresses(self._first_rows[indices] + positions, addresses, references)
 
     def _load(self) -> None:
         while (item := self._queue.get()) is not None:

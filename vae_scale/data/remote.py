@@ -1,28 +1,22 @@
-"""Shards on web servers and object stores, downloaded with fsspec."""
+"""Downloads from web servers and object stores with fsspec."""
 
 import asyncio
 import concurrent.futures
 import contextlib
 import errno
 import functools
-import json
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
 
-from vae_scale.data.cache import Cache
-from vae_scale.data.shard_file import Shard
-from vae_scale.data.storage import MAX_INDEX_BYTES, SCHEMES, ShardReadError, Storage
+from vae_scale.data.shard_file import ShardReadError
 from vae_scale.errors import UserError, one_line, redact
-from vae_scale.files import sha256_of
 
+SCHEMES = ("http", "https", "s3", "gs", "hf")  # of supported URLs
 MAX_SHARD_BYTES = 2**36  # of a shard that is downloaded without a manifest
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -40,111 +34,64 @@ RETRY_POLICY = RetryPolicy()
 logger = logging.getLogger(__name__)
 
 
-class _DownloadError(Exception):
-    """A download attempt failed and can be retried."""
+def download(
+    url: str,
+    folder: Path,
+    impact: str,
+    max_bytes: int = MAX_SHARD_BYTES,
+    check: Callable[[Path], str | None] = lambda path: None,
+) -> Path:
+    """Downloads a file into `folder`, and returns its path there.
 
+    Transient errors (no connection, stalled transfer, server error, failed check) are retried as set by `RETRY_POLICY`.
 
-class RemoteStorage(Storage):
-    """A folder at a URL that fsspec supports. Files are downloaded completely and verified.
+    Args:
+        url: URL of the file, including secrets.
+        folder: An existing folder.
+        impact: Consequence of a failure, for the error message.
+        max_bytes: Maximum size of the file.
+        check: Returns what is wrong with the downloaded file, or None.
 
-    Transient errors (no connection, stalled transfer, server error, wrong size or hash) are retried as set by `RETRY_POLICY`.
+    Raises:
+        ShardReadError: The download failed.
+        UserError: The scheme is not supported, or its library is not installed.
+        OSError: The disk is full.
     """
-
-    is_local = False
-
-    def __init__(self, url: str, cache: Cache) -> None:
-        self.url = url
-        self.location = redact(url).rstrip("/")
-        self.cache = cache
-
-    def read_manifest(self) -> str:
-        hint = "check that this is a folder written by python -m vae_scale.pack, with its index.json"
-        with tempfile.TemporaryDirectory() as folder:
-            return self._download("index.json", Path(folder), MAX_INDEX_BYTES, _check_json, hint).read_text("utf-8")
-
-    def open(self, shard: Shard) -> BufferedReader:
-        impact = f"{shard.samples:,} images of split {shard.split} cannot be read"
-        check = functools.partial(_check_shard, shard)
-        return self.cache.open(shard, lambda folder: self._download(shard.url, folder, shard.filesize, check, impact))
-
-    def download(self, url: str, folder: Path) -> Path:
-        """Downloads a file of unknown content from a complete URL into `folder`, and returns its path.
-
-        Raises:
-            UserError: The download failed.
-        """
-        return self._download(url, folder, MAX_SHARD_BYTES, lambda path: None, "it cannot be indexed")
-
-    def _download(self, name: str, folder: Path, max_bytes: int, check: Callable[[Path], None], impact: str) -> Path:
-        label = redact(name) if "://" in name else f"{self.location}/{name}"
-        url = name if "://" in name else _join(self.url, name)
-        for attempt in range(1, RETRY_POLICY.max_attempts + 1):
-            path = folder / str(attempt)  # a new file: a cancelled transfer may still write to the previous one
-            try:
-                _transfer(url, path, max_bytes)
-                check(path)
+    for attempt in range(1, RETRY_POLICY.max_attempts + 1):
+        path = folder / str(attempt)  # a new file: a cancelled transfer may still write to the previous one
+        try:
+            _transfer(url, path, max_bytes)
+            reason, is_permanent = check(path), False
+            if reason is None:
                 return path
-            except UserError:
+        except UserError:
+            raise
+        except Exception as error:  # the types depend on the library
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
-            except Exception as error:  # the types depend on the library
-                if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                    raise
-                reason, is_permanent = _describe(error)
-            path.unlink(missing_ok=True)
-            if is_permanent:
-                raise ShardReadError(f"{label}: {reason}; {impact}")
-            if attempt < RETRY_POLICY.max_attempts:
-                delay = RETRY_POLICY.initial_delay * 2 ** (attempt - 1)
-                logger.warning("%s: %s; retrying in %g s", label, reason, delay)
-                time.sleep(delay)
-        raise ShardReadError(f"{label}: {reason}, after {RETRY_POLICY.max_attempts} attempts; {impact}")
-
-
-class MixedStorage(Storage):
-    """A manifest with complete URLs of some shards; the other shards are in the folder of the manifest."""
-
-    is_local = False
-
-    def __init__(self, base: Storage, cache: Cache) -> None:
-        self.base = base
-        self.location = base.location
-        self.remote = RemoteStorage(self.location, cache)
-
-    def read_manifest(self) -> str:
-        return self.base.read_manifest()
-
-    def open(self, shard: Shard) -> BufferedReader:
-        return (self.remote if "://" in shard.url else self.base).open(shard)
-
-
-def _check_json(path: Path) -> None:
-    try:
-        json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise _DownloadError("invalid JSON") from None
-
-
-def _check_shard(shard: Shard, path: Path) -> None:
-    if (size := path.stat().st_size) != shard.filesize:
-        raise _DownloadError(f"received {size:,} bytes, expected {shard.filesize:,}")
-    if sha256_of(path) != shard.sha256:
-        raise _DownloadError("its sha256 differs from the manifest")
+            reason, is_permanent = _describe(error)
+        path.unlink(missing_ok=True)
+        if is_permanent:
+            raise ShardReadError(f"{redact(url)}: {reason}; {impact}")
+        if attempt < RETRY_POLICY.max_attempts:
+            delay = RETRY_POLICY.initial_delay * 2 ** (attempt - 1)
+            logger.warning("%s: %s; retrying in %g s", redact(url), reason, delay)
+            time.sleep(delay)
+    raise ShardReadError(f"{redact(url)}: {reason}, after {RETRY_POLICY.max_attempts} attempts; {impact}")
 
 
 def _describe(error: Exception) -> tuple[str, bool]:
     """Returns the reason of a failed attempt, and whether it is permanent."""
-    if isinstance(error, _DownloadError):
-        return redact(str(error)), False
     if isinstance(error, FileNotFoundError):
         return "not found", True
     if isinstance(error, PermissionError):
         return "access denied", True
     # aiohttp, gcsfs, huggingface_hub
-    sources = ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code"))
-    status = next((int(getattr(source, name)) for source, name in sources if str(getattr(source, name, "")).isdigit()), None)
-    if status:
-        return f"HTTP {status}", 400 <= status < 500 and status not in (408, 425, 429)
-    return f"{type(error).__name__} {redact(one_line(error))}".strip(), False
+    for source, name in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
+        status = str(getattr(source, name, ""))
+        if status.isdigit() and status != "0":
+            return f"HTTP {status}", status.startswith("4") and status not in ("408", "425", "429")
+    return redact(one_line(error)) or type(error).__name__, False
 
 
 def _transfer(url: str, path: Path, max_bytes: int) -> None:
@@ -162,11 +109,11 @@ def _transfer(url: str, path: Path, max_bytes: int) -> None:
             with contextlib.suppress(FileNotFoundError):  # not created yet, or deleted by the library
                 received = path.stat().st_size
             if received > max_bytes:
-                raise _DownloadError(f"received more than {max_bytes:,} bytes")
+                raise ValueError(f"received more than {max_bytes:,} bytes")
             if received > size:
                 size, last_progress = received, time.monotonic()
             if time.monotonic() - last_progress > timeout:
-                raise _DownloadError(f"no data for {timeout:g} s after {size:,} bytes")
+                raise TimeoutError(f"no data for {timeout:g} s after {size:,} bytes")
         task.result()
     finally:
         task.cancel()
@@ -185,37 +132,28 @@ def _copy(filesystem: Any, url: str, path: Path) -> None:
         shutil.copyfileobj(source, file, 2**20)
 
 
-def _join(url: str, name: str) -> str:
-    """Returns the URL of a file in a folder; the query, for example an access token, is kept."""
-    if not url.startswith("http"):
-        return f"{url.rstrip('/')}/{name}"
-    parts = urlsplit(url)
-    return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
-
-
 @functools.cache
 def _filesystem(scheme: str) -> Any:
     """Returns fsspec's file system for a URL scheme. The library of the protocol reads the credentials."""
     if scheme not in SCHEMES:
         raise UserError(f"data.shards {scheme}://...: not one of {', '.join(SCHEMES)}")
+    options: dict[str, Any] = {"skip_instance_cache": True}
     try:
-        if scheme in ("http", "https", "gs"):
+        if scheme == "s3":  # one request per file, retried only according to RETRY_POLICY
+            options |= {"max_concurrency": 1, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+        elif scheme != "hf":
             import aiohttp
 
-            no_timeout = aiohttp.ClientTimeout(total=None)  # the default limits a transfer to five minutes
-        if scheme == "gs":
-            # fsspec's default class queries the bucket type by gRPC, which hangs for minutes behind some firewalls.
-            from gcsfs.core import GCSFileSystem
+            timeout = aiohttp.ClientTimeout(total=None)  # the default limits a transfer to five minutes
+            if scheme == "gs":
+                # fsspec's default class queries the bucket type by gRPC, which hangs for minutes behind some firewalls.
+                from gcsfs.core import GCSFileSystem
 
-            return GCSFileSystem(requests_timeout=no_timeout, skip_instance_cache=True)
+                return GCSFileSystem(requests_timeout=timeout, **options)
+            options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
         import fsspec
 
-        options: dict[str, Any] = {}
-        if scheme.startswith("http"):
-            options = {"client_kwargs": {"timeout": no_timeout, "trust_env": True}}
-        if scheme == "s3":  # one request per file, retried only according to RETRY_POLICY
-            options = {"max_concurrency": 1, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
-        return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+        return fsspec.filesystem(scheme, **options)
     except ImportError:
         library = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme, "aiohttp")
         extra = "gs" if scheme == "gs" else "remote"

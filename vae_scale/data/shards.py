@@ -17,9 +17,18 @@ import numpy as np
 
 from vae_scale.data.cache import Cache
 from vae_scale.data.images import Images, Rows
-from vae_scale.data.remote import MixedStorage, RemoteStorage
-from vae_scale.data.shard_file import ENCODINGS, FORMAT_VERSION, MAX_IMAGE_SIDE, Layout, Shard, decode_shard, map_shard
-from vae_scale.data.storage import SCHEMES, LocalStorage, ShardReadError, Storage
+from vae_scale.data.remote import SCHEMES
+from vae_scale.data.shard_file import (
+    ENCODINGS,
+    FORMAT_VERSION,
+    MAX_IMAGE_SIDE,
+    Layout,
+    Shard,
+    ShardReadError,
+    decode_shard,
+    map_shard,
+)
+from vae_scale.data.storage import Storage, is_url
 from vae_scale.errors import UserError, one_line, redact
 
 MAX_LABEL = 2**20  # embedding tables have a row per label
@@ -80,10 +89,9 @@ class ShardSet:
         Raises:
             UserError: The manifest is missing, damaged, of an unknown version, or of latents.
         """
-        cache = cache or Cache()
-        storage = RemoteStorage(str(location), cache) if "://" in str(location) else LocalStorage(Path(location))
+        storage = Storage(str(location), cache or Cache())
         try:
-            shards = _parse_manifest(storage, json.loads(storage.read_manifest()), cache)
+            shards = _parse_manifest(storage, json.loads(storage.read_manifest()))
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{storage.location}/index.json: damaged ({error!r:.300}); pack again") from None
         return replace(shards, bad_shards=BadShards()) if on_bad_shard == "skip" else shards
@@ -92,6 +100,11 @@ class ShardSet:
     def location(self) -> str:
         """Folder or URL of the set, without secrets."""
         return self.storage.location
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all shards are files on this machine."""
+        return not any(map(is_url, [self.storage.root, *(shard.url for shard in self.shards)]))
 
     @cached_property
     def starts(self) -> Rows:
@@ -137,7 +150,7 @@ class ShardSet:
 
     def location_of(self, shard: Shard) -> str:
         """Returns the location of a shard, without secrets."""
-        return redact(shard.url) if "://" in shard.url else f"{self.location}/{shard.url}"
+        return redact(shard.url) if is_url(shard.url) else f"{self.location}/{shard.url}"
 
     def load_images(self, rows: Rows) -> Images:
         """Reads a few samples, shard by shard: uint8 [len(rows), H, W, 3]. `Reader` is faster for many.
@@ -150,14 +163,16 @@ class ShardSet:
         for index in np.unique(indices).tolist():
             mask = indices == index
             array, source = self.read_or_replace(index)
-            images[mask] = array[self.replacement_rows(rows[mask], indices[mask], source) - self.starts[source]]
-            self.count_replaced(mask.sum() if source != index else 0)
+            images[mask] = array[(rows[mask] - self.starts[index]) % len(array)]
+            if source != index:
+                self.count_replaced(mask.sum())
         return images
 
     def read_or_replace(self, index: int) -> tuple[Images, int]:
         """Reads a shard or, if it is unreadable and bad shards are skipped, the next readable shard.
 
-        The replacement does not depend on the process, the shuffle window or the start of the run.
+        Row `i` of the shard is replaced by row `i % n` of the images that are returned, so the replacement does not depend on
+        the process, the shuffle window or the start of the run.
 
         Returns:
             The images and the index of the shard that was read.
@@ -176,14 +191,10 @@ class ShardSet:
                 last = error
         raise UserError(f"{self.location}: none of its {count:,} shards can be read: {last}")
 
-    def replacement_rows(self, rows: Rows, indices: Rows, sources: Rows | int) -> Rows:
-        """Maps rows of shards `indices` to the rows of shards `sources` that replace them."""
-        return self.starts[sources] + (rows - self.starts[indices]) % np.diff(self.starts)[sources]
-
-    def count_replaced(self, images: int) -> None:
+    def count_replaced(self, count: int) -> None:
         """Adds to the number of replaced images."""
         if self.bad_shards:
-            self.bad_shards.replaced_images += int(images)
+            self.bad_shards.replaced_images += int(count)
 
     def read(self, index: int) -> Images:
         """Returns the images of a shard: uint8 [n, H, W, 3], memory-mapped if the encoding is npy, else decoded.
@@ -207,7 +218,7 @@ class ShardSet:
             raise UserError(f"{self.location}: too many open files for {len(self.shards):,} shards; {advice}") from None
 
 
-def _parse_manifest(storage: Storage, manifest: Any, cache: Cache) -> ShardSet:
+def _parse_manifest(storage: Storage, manifest: Any) -> ShardSet:
     header = manifest["vae_scale"]
     if header["version"] != FORMAT_VERSION:
         versions = f"format version {header['version']!r:.40}, this version of vae_scale reads {FORMAT_VERSION}"
@@ -222,8 +233,6 @@ def _parse_manifest(storage: Storage, manifest: Any, cache: Cache) -> ShardSet:
     shards = tuple(_parse_shard(entry, header["encoding"], (height, width, channels)) for entry in manifest["shardlist"])
     if not shards:
         raise ValueError("no shards")
-    if any("://" in shard.url for shard in shards):
-        storage = MixedStorage(storage, cache)
     # Characters that cannot be encoded, for example of a folder name that is not UTF-8, are replaced by question marks.
     names = tuple(_check_str("class name", name).encode(errors="replace").decode() for name in header["class_names"])
     resize = bool(header.get("fit", False))
@@ -239,10 +248,10 @@ def _parse_shard(entry: Any, encoding: str, shape: tuple[int, int, int]) -> Shar
     if set(map(type, labels)) != {int} or min(labels) < -1 or max(labels) > MAX_LABEL:
         raise ValueError(f"{name}: labels must be integers from -1 to {MAX_LABEL:,}")
     samples, size = _check_int("nsamples", entry["nsamples"], 1, 2**40), _check_int("filesize", entry["filesize"], 1, 2**60)
-    stride = Layout(encoding, shape).stride
-    if len(labels) != samples or (stride and samples * stride > size):
+    is_array = encoding == "npy"
+    if len(labels) != samples or (is_array and samples * Layout(shape).stride > size):
         raise ValueError(f"{name}: {samples} samples, {len(labels)} labels, {size} bytes")
-    if not stride and samples * math.prod(shape) > MAX_DECODED_BYTES:
+    if not is_array and samples * math.prod(shape) > MAX_DECODED_BYTES:
         raise ValueError(f"{name}: its images take more than {MAX_DECODED_BYTES / 2**30:g} GiB; make smaller shards")
     split, pixels = _check_str("split", entry["split"]), entry["pixels_sha256"]
     if not (split and split.isprintable()):

@@ -1,65 +1,65 @@
-"""Storage of a set of shards."""
+"""Storage of a set of shards: a local folder or a URL."""
 
 import errno
-import os
+import json
 import stat
-from abc import ABC, abstractmethod
+import tempfile
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
-from vae_scale.data.shard_file import Shard
-from vae_scale.errors import UserError
+from vae_scale.data.cache import Cache
+from vae_scale.data.remote import download
+from vae_scale.data.shard_file import Shard, ShardReadError
+from vae_scale.errors import UserError, redact
+from vae_scale.files import sha256_of
 
-SCHEMES = ("http", "https", "s3", "gs", "hf")  # of supported URLs
 MAX_INDEX_BYTES = 2**30  # of an index.json
 
 
-class ShardReadError(UserError):
-    """A shard is missing, damaged or cannot be downloaded. Other shards may be readable."""
-
-
-class Storage(ABC):
-    """Storage of a manifest and its shards.
+@dataclass(frozen=True)
+class Storage:
+    """Storage of a manifest and its shards. Remote shards are downloaded completely and verified.
 
     Attributes:
-        location: Folder or URL, without secrets.
-        is_local: Whether all files are in a local folder.
+        root: Folder or URL of the manifest, including secrets.
+        cache: Cache for downloaded shards.
     """
 
-    location: str
-    is_local: bool
+    root: str = field(repr=False)
+    cache: Cache
 
-    @abstractmethod
+    @property
+    def location(self) -> str:
+        """Folder or URL of the manifest, without secrets."""
+        return redact(self.root).rstrip("/") if is_url(self.root) else str(Path(self.root))
+
+    def resolve(self, name: str) -> str:
+        """Returns the path or URL, including secrets, of a file in the folder of the manifest; a complete URL is unchanged."""
+        if is_url(name):
+            return name
+        if not is_url(self.root):
+            return str(Path(self.root, name))
+        if not self.root.startswith("http"):
+            return f"{self.root.rstrip('/')}/{name}"
+        parts = urlsplit(self.root)  # its query, for example an access token, is kept
+        return parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}").geturl()
+
     def read_manifest(self) -> str:
         """Returns the text of `index.json`.
 
         Raises:
             UserError: The file is missing or cannot be downloaded.
         """
-
-    @abstractmethod
-    def open(self, shard: Shard) -> BufferedReader:
-        """Opens a local file of the shard, of the size in the manifest. Thread-safe.
-
-        Raises:
-            ShardReadError: The shard is missing, damaged or cannot be downloaded.
-            UserError: No shard can be read, for example because the cache is full.
-        """
-
-
-class LocalStorage(Storage):
-    """A folder on this machine."""
-
-    is_local = True
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.location = str(folder)
-
-    def read_manifest(self) -> str:
-        index = self.folder / "index.json"
+        location = self.resolve("index.json")
+        if is_url(location):
+            hint = "check that this is a folder written by python -m vae_scale.pack, with its index.json"
+            with tempfile.TemporaryDirectory() as folder:
+                return download(location, Path(folder), hint, MAX_INDEX_BYTES, _check_json).read_text("utf-8")
+        index = Path(location)
         if not index.is_file():
-            raise UserError(f"data.shards {self.folder}: contains no index.json; write shards with python -m vae_scale.pack")
+            raise UserError(f"data.shards {self.root}: contains no index.json; write shards with python -m vae_scale.pack")
         try:
             if (size := index.stat().st_size) > MAX_INDEX_BYTES:
                 raise UserError(f"{index}: {size:,} bytes, the maximum is {MAX_INDEX_BYTES:,}")
@@ -68,19 +68,51 @@ class LocalStorage(Storage):
             raise UserError(f"{index}: {error.strerror}") from None
 
     def open(self, shard: Shard) -> BufferedReader:
-        path = self.folder / shard.url
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would block
-                raise ShardReadError(f"{path}: not a file; copy or pack it again")
-            file = path.open("rb")
-        except FileNotFoundError:
-            raise ShardReadError(f"{path}: missing, but listed in the manifest; copy or pack it again") from None
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise ShardReadError(f"{path}: {error.strerror}; copy or pack it again") from None
-        size = os.fstat(file.fileno()).st_size
-        if size != shard.filesize:
-            file.close()
-            raise ShardReadError(f"{path}: {size} bytes, expected {shard.filesize}; copy or pack it again")
-        return file
+        """Opens a local file of the shard, of the size in the manifest. Thread-safe.
+
+        Raises:
+            ShardReadError: The shard is missing, damaged or cannot be downloaded.
+            UserError: No shard can be read, for example because the cache is full.
+        """
+        location = self.resolve(shard.url)
+        if not is_url(location):
+            return _open_file(Path(location), shard.filesize)
+
+        def check(path: Path) -> str | None:
+            if (size := path.stat().st_size) != shard.filesize:
+                return f"received {size:,} bytes, expected {shard.filesize:,}"
+            return None if sha256_of(path) == shard.sha256 else "its sha256 differs from the manifest"
+
+        impact = f"{shard.samples:,} images of split {shard.split} cannot be read"
+        return self.cache.open(shard, lambda folder: download(location, folder, impact, shard.filesize, check))
+
+
+def is_url(location: str) -> bool:
+    """Returns whether `location` is a URL instead of a path."""
+    return "://" in location
+
+
+def _check_json(path: Path) -> str | None:
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return "invalid JSON"
+    return None
+
+
+def _open_file(path: Path, size: int) -> BufferedReader:
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
+            reason = "not a file"
+        elif status.st_size != size:
+            reason = f"{status.st_size} bytes, expected {size}"
+        else:
+            return path.open("rb")
+    except FileNotFoundError:
+        reason = "missing, but listed in the manifest"
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        reason = str(error.strerror)
+    raise ShardReadError(f"{path}: {reason}; copy or pack it again")

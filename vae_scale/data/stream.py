@@ -5,8 +5,9 @@ import itertools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ DEFAULT_WINDOW = 16  # shards, if they are downloaded or decoded
 def default_window(shards: ShardSet) -> int:
     """Returns the default shuffle window in shards: all local npy shards, otherwise at most 16."""
     count = len(shards.shards)
-    return count if shards.encoding == "npy" and shards.storage.is_local else min(DEFAULT_WINDOW, count)
+    return count if shards.encoding == "npy" and shards.is_local else min(DEFAULT_WINDOW, count)
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Batch:
     num_replaced: int = 0
 
 
-_Results = queue.SimpleQueue[tuple[Tensor, Rows, int] | BaseException]  # of one copy thread
+_Results = queue.SimpleQueue[Batch | BaseException]  # of one copy thread
 
 
 class Stream:
@@ -98,24 +99,24 @@ class Stream:
         """Restores `images_seen`. Takes effect at the next `iter()`."""
         self.images_seen = state["images_seen"]
 
-    def _load(self) -> Tensor:
-        """Loads all images to the device: uint8 [images, H, W, 3]."""
+    def _load(self) -> tuple[Tensor, Rows]:
+        """Loads all images to the device: uint8 [images, H, W, 3], and the rows that were read: int64 [images]."""
         images = torch.empty((len(self.shards), *self.shards.image_shape), dtype=torch.uint8, device=self.device)
-        self._source_rows = np.arange(len(self.shards))  # the row that was read in place of each row
+        source_rows = np.arange(len(self.shards))
         starts = self.shards.starts.tolist()
         with Reader(self.shards) as reader:
             for index, (start, stop) in enumerate(itertools.pairwise(starts)):
                 reader.prefetch(range(index, min(index + NUM_LOADERS, len(starts) - 1)))
                 buffer = np.empty((stop - start, *self.shards.image_shape), np.uint8)
-                addresses = reader.locate(np.arange(start, stop))
-                addresses.copy(buffer)
-                self._source_rows[start:stop] = addresses.rows
+                located = reader.locate(np.arange(start, stop))
+                located.copy(buffer)
+                source_rows[start:stop] = located.rows
                 images[start:stop] = torch.from_numpy(buffer)
-        return images
+        return images, source_rows
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields batches indefinitely. `wait_seconds` accumulates the time spent waiting for them."""
-        batches = self._from_host() if self._device_cache is None else self._from_device(self._device_cache)
+        batches = self._from_host() if self._device_cache is None else self._from_device(*self._device_cache)
         while True:
             begin = time.perf_counter()
             batch = next(batches)
@@ -124,10 +125,10 @@ class Stream:
             self.shards.count_replaced(batch.num_replaced)
             yield batch
 
-    def _from_device(self, images: Tensor) -> Iterator[Batch]:
+    def _from_device(self, images: Tensor, source_rows: Rows) -> Iterator[Batch]:
         while True:
             planned = self.plan.rows(self.images_seen, self._rank, self._world_size)
-            rows = self._source_rows[planned]
+            rows = source_rows[planned]
             yield Batch(images[to_device(rows, self.device)], rows, int((rows != planned).sum()))
 
     def _from_host(self) -> Iterator[Batch]:
@@ -157,13 +158,13 @@ class Stream:
                     try:
                         rows, shards = self.plan.local_batch(next(positions), self._rank, self._world_size)
                         reader.prefetch(shards)
-                        addresses = reader.locate(rows)
+                        located = reader.locate(rows)
                     except BaseException as error:  # raised in the caller's thread
                         results.put(error)
                         free.put(None)
                         return
-                addresses.copy(buffer.numpy())
-                results.put((buffer, addresses.rows, addresses.num_replaced))
+                located.copy(buffer.numpy())
+                results.put(Batch(buffer, located.rows, int((located.rows != rows).sum())))
 
         with Reader(self.shards) as reader:
             threads = [threading.Thread(target=copy, args=[reader], name="stream", daemon=True) for _ in range(COPY_THREADS)]
@@ -180,36 +181,37 @@ class Stream:
             # Exiting the interpreter while threads copy would abort the process.
             atexit.register(stop)
             try:
-                yield from self._take(ready, free, pinned)
+                if pinned:
+                    yield from self._upload(ready, free)
+                while True:
+                    batch = _take(ready)
+                    yield batch
+                    free.put(batch.images)
             finally:
                 atexit.unregister(stop)
                 stop()
 
-    def _take(
-        self, ready: "queue.SimpleQueue[_Results]", free: "queue.SimpleQueue[Tensor | None]", pinned: bool
-    ) -> Iterator[Batch]:
-        side_stream = torch.cuda.Stream() if pinned else None
-
-        def upload() -> tuple[Batch, Tensor, "torch.cuda.Event | None"]:
-            result = ready.get().get()
-            if isinstance(result, BaseException):
-                raise result
-            buffer, rows, num_replaced = result
-            if side_stream is None:
-                return Batch(buffer, rows, num_replaced), buffer, None
-            with torch.cuda.stream(side_stream):
-                images = buffer.to(self.device, non_blocking=True)
-                return Batch(images, rows, num_replaced), buffer, side_stream.record_event()
-
-        prefetched = upload() if pinned else None
+    def _upload(self, ready: "queue.SimpleQueue[_Results]", free: "queue.SimpleQueue[Tensor | None]") -> Iterator[Batch]:
+        """Copies batches to the GPU. The next batch is copied while the current one is used."""
+        side_stream = torch.cuda.Stream()
+        uploads: deque[tuple[Batch, Tensor, torch.cuda.Event]] = deque()
         while True:
-            # On a GPU the next batch is uploaded while the current one is used.
-            batch, buffer, event = prefetched or upload()
-            if event is not None:
-                torch.cuda.current_stream().wait_event(event)
-                batch.images.record_stream(torch.cuda.current_stream())
-                prefetched = upload()
+            while len(uploads) < 2:
+                batch = _take(ready)
+                with torch.cuda.stream(side_stream):
+                    images = batch.images.to(self.device, non_blocking=True)
+                    uploads.append((replace(batch, images=images), batch.images, side_stream.record_event()))
+            batch, buffer, event = uploads.popleft()
+            torch.cuda.current_stream().wait_event(event)
+            batch.images.record_stream(torch.cuda.current_stream())
             yield batch
-            if event is not None:
-                event.synchronize()
+            event.synchronize()
             free.put(buffer)
+
+
+def _take(ready: "queue.SimpleQueue[_Results]") -> Batch:
+    """Waits for the next batch, and raises the error of the thread that failed to copy it."""
+    result = ready.get().get()
+    if isinstance(result, BaseException):
+        raise result
+    return result

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,28 @@ from tqdm import tqdm
 
 from vae_scale.data.packing import write_shards
 from vae_scale.data.parts import (
-    Journal,
     JournalHeader,
     Part,
     ShardJob,
     ShardRecord,
-    find_journals,
-    fingerprint,
+    compute_fingerprint,
     is_complete,
-    read_journal,
+    read_journals,
     write_manifests,
 )
 from vae_scale.data.reader import Reader
 from vae_scale.data.shard_file import FORMAT_VERSION, Layout, shard_name
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.transfer import Uploader, normalize_images
+from vae_scale.data.transfer import normalize_images, to_device
 from vae_scale.errors import UserError
+from vae_scale.evaluation.latents import measure_latents
 from vae_scale.models.vae import VAE
 from vae_scale.runtime import compiling
 from vae_scale.runtime.distributed import SINGLE_PROCESS, DistContext
 
 NAME = "latents"  # prefix of the shard names
 PLANES = ["mean", "log_variance"]
+NORM_IMAGES = 10_000  # maximum number of images on which the normalization is measured
 WORKERS = 2  # threads that write shards, and verify existing ones when resuming
 
 Latents = npt.NDArray[np.float32]
@@ -64,7 +63,7 @@ def encode_shards(
         out: Created if missing. All processes must see the same folder.
         batch_size: Images per batch and process.
         provenance: Further entries of the manifest that identify the origin of the latents.
-        norm_splits: Splits over which `shift` and `scale` are computed, as defined by `latents.measure_latents`.
+        norm_splits: Splits on which `shift` and `scale` are measured (see `latents.measure_latents`).
         dist: The processes that share the work.
         compiled: Whether to use torch.compile.
 
@@ -78,9 +77,8 @@ def encode_shards(
     origin = {"source": shards.fingerprint, **provenance}
     identity = {"format_version": FORMAT_VERSION, "splits": shards.splits, **origin}
     largest = max(shard.samples for shard in shards.shards)
-    info = {"class_names": shards.class_names, "splits": shards.splits, "fingerprint": fingerprint(identity), **origin}
-    header: Future[JournalHeader] = Future()
-    header.set_result({"name": NAME, "images_per_shard": largest, "vae_scale": info})
+    info = {"class_names": shards.class_names, "splits": shards.splits, "fingerprint": compute_fingerprint(identity), **origin}
+    header: JournalHeader = {"name": NAME, "images_per_shard": largest, "vae_scale": info | {"encoding": "npy"}}
     if is_complete(out, header):
         return False
 
@@ -89,30 +87,47 @@ def encode_shards(
     numbers = part.select(range(len(shards.shards)))
     batch_size = min(batch_size, largest)
     encode_batch = compiling.compile_function(_encode_batch) if compiled else _encode_batch
-    uploader = Uploader((batch_size, *shards.image_shape), device)
 
     def encode_shard(number: int) -> Latents:
         reader.prefetch([shard for shard in (number, number + 1) if shard in numbers])
         rows, batches = np.arange(shards.starts[number], shards.starts[number + 1]), []
         for begin in range(0, len(rows), batch_size):
             # The last batch is padded, since another batch size would trigger a recompilation.
-            reader.gather(rows[np.minimum(np.arange(begin, begin + batch_size), len(rows) - 1)], uploader.buffer())
-            batches.append(encode_batch(model, uploader.upload()))
+            images = reader.gather(rows[np.minimum(np.arange(begin, begin + batch_size), len(rows) - 1)])
+            batches.append(encode_batch(model, to_device(images, device)))
         latents: Latents = torch.cat(batches)[: len(rows)].cpu().numpy()
         if not np.isfinite(latents).all():
             location = shards.location_of(shards.shards[number])
             raise UserError(f"{location}: a latent is not finite; the model has diverged, or needs --precision fp32")
         return latents
 
-    layout = Layout("npy", (2, *model.latent_shape), np.dtype(np.float32).str)
+    layout = Layout((2, *model.latent_shape), np.dtype(np.float32).str)
     splits, jobs = _list_splits(shards, layout.shape, encode_shard)
     total = sum(shards.shards[number].samples for number in numbers)
     bar = tqdm(total=total, unit=" images", unit_scale=True, desc=f"encoding {out}", disable=dist.rank > 0)
     with Reader(shards) as reader, bar, compiling.report_compilation(bar.set_postfix_str):
-        write_shards(splits, jobs, Journal(out, part, header), "npy", WORKERS, bar, any_division=True, extra_fields=_sums)
+        write_shards(splits, jobs, out, part, header, WORKERS, bar)
+    measured_on = [split for split in shards.splits if split in norm_splits]
+    normalization: dict[str, list[float] | None] = {"shift": None, "scale": None}
+    if measured_on:
+        moments = measure_latents(model, shards.select(*measured_on), NORM_IMAGES, batch_size, dist)
+        normalization = {key: value.flatten().tolist() for key, value in zip(normalization, moments, strict=True)}
     dist.all_reduce_sum(torch.zeros((), device=device))  # waits until all shards are written
     if dist.rank == 0:
-        _write_manifests(out, jobs, dist.world_size, layout, info, norm_splits)
+        description: dict[str, Any] = {
+            "version": FORMAT_VERSION,
+            "content": NAME,
+            "encoding": "npy",
+            "dtype": layout.dtype,
+            "shape": layout.shape,
+            "planes": PLANES,
+            "stride": layout.stride,
+            "offset": layout.offset,
+            **normalization,
+            "measured_on": measured_on,
+            **header["vae_scale"],
+        }
+        _write_manifests(out, jobs, dist.world_size, header, description)
     return True
 
 
@@ -156,48 +171,15 @@ def _list_splits(
     return list(splits.values()), jobs
 
 
-def _sums(latents: Latents) -> ShardRecord:
-    """Returns the sums over a shard's images and positions from which `_normalization` is computed."""
-    mean, log_variance = latents[:, 0], latents[:, 1]
-    terms = (mean, np.square(mean), np.exp(log_variance))
-    return {"sums": [term.sum((0, 2, 3), dtype=np.float64).tolist() for term in terms]}
-
-
-def _normalization(records: list[ShardRecord], positions: int) -> dict[str, list[float] | None]:
-    """Returns shift and scale = sqrt(var(mean) + E[sigma^2]) that normalize each channel as (latent - shift) / scale."""
-    if not records:
-        return {"shift": None, "scale": None}
-    count = positions * sum(record["nsamples"] for record in records)
-    shift, mean_square, variance = np.sum([record["sums"] for record in records], 0) / count
-    scale = np.sqrt(np.maximum(mean_square - np.square(shift) + variance, 1e-12))
-    return {"shift": shift.tolist(), "scale": scale.tolist()}
-
-
-def _write_manifests(
-    out: Path, jobs: list[ShardJob], parts: int, layout: Layout, info: dict[str, Any], norm_splits: Sequence[str]
-) -> None:
+def _write_manifests(out: Path, jobs: list[ShardJob], parts: int, header: JournalHeader, description: dict[str, Any]) -> None:
     """Combines the journals of all processes into the manifests."""
     by_url: dict[str, ShardRecord] = {}
-    for part, path in find_journals(out).items():
+    for part, journal in read_journals(out, header).items():
         if part.count == parts:
-            by_url |= read_journal(path)[1]
+            by_url |= journal.records
     if missing := [job.url for job in jobs if job.url not in by_url]:
         raise UserError(f"{out / missing[0]}: missing; all processes must use the same folder")
     records = [by_url[job.url] for job in jobs]
-    norm_records = [record for record in records if record["split"] in norm_splits]
-    description = {
-        "version": FORMAT_VERSION,
-        "content": NAME,
-        "encoding": layout.encoding,
-        "dtype": layout.dtype,
-        "shape": layout.shape,
-        "planes": PLANES,
-        "stride": layout.stride,
-        "offset": layout.offset,
-        **_normalization(norm_records, layout.shape[2] * layout.shape[3]),
-        "measured_on": list(dict.fromkeys(record["split"] for record in norm_records)),
-        **info,
-    }
     keys = {"pixels_sha256": "latents_sha256"}
-    entries = [{keys.get(key, key): value for key, value in record.items() if key != "sums"} for record in records]
+    entries = [{keys.get(key, key): value for key, value in record.items()} for record in records]
     write_manifests(out, NAME, entries, description)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vae_scale.data.plan import evaluation_rows
 from vae_scale.data.reader import Reader
 from vae_scale.data.shards import ShardSet
-from vae_scale.data.transfer import Uploader, normalize_images, to_device
+from vae_scale.data.transfer import normalize_images, to_device
 from vae_scale.evaluation.image_grids import to_uint8
 from vae_scale.evaluation.reconstruction import ImageDistance, psnr, ssim
 from vae_scale.models.likelihoods import bits_per_dim
@@ -31,12 +31,12 @@ class ExtendedMetrics:
     Attributes:
         importance_samples: Latents per image of the importance-weighted bound; 0 disables it.
         lpips: The LPIPS distance, if available.
-        on_reconstruction: Called with the reconstructions of each batch, uint8 [b, h, w, 3], and their weights [b].
+        on_batch: Called with the images and the reconstructions of each batch, uint8 [b, h, w, 3], with padding at the end.
     """
 
     importance_samples: int = 0
     lpips: ImageDistance | None = None
-    on_reconstruction: Callable[[Tensor, Tensor], None] | None = None
+    on_batch: Callable[[Tensor, Tensor], None] | None = None
 
 
 def iterate_batches(
@@ -52,19 +52,18 @@ def iterate_batches(
 
     Yields:
         For each batch: the numbers of its images (padding of the last batch has numbers of at least `images`); the images,
-        uint8 [batch_size, h, w, 3], valid until the batch after the next is requested; and weights [batch_size], 0 for padding
-        and 1 otherwise. If `progress` is not empty, rank 0 displays a progress bar with this name.
+        uint8 [batch_size, h, w, 3]; and weights [batch_size], 0 for padding and 1 otherwise. If `progress` is not empty, rank 0
+        displays a progress bar with this name.
     """
     selected = np.linspace(0, len(shards) - 1, images).astype(np.int64) if spread else np.arange(images)
-    uploader = Uploader((batch_size, *shards.image_shape), device)
     plan = evaluation_rows(images, batch_size, dist.rank, dist.world_size)
     with Reader(shards) as reader:
         for step, (rows, weights) in enumerate(tqdm(plan, progress, unit=" batches", disable=not progress or dist.rank > 0)):
             dist.heartbeat(f"batch {step} of {images:,} images")
             upcoming = np.concatenate([rows for rows, _ in plan[step : step + 2]])
             reader.prefetch(np.unique(shards.shard_indices(selected[upcoming])).tolist())
-            reader.gather(selected[rows], uploader.buffer())
-            yield range(int(rows[0]), int(rows[0]) + batch_size), uploader.upload(), to_device(weights, device)
+            pixels = to_device(reader.gather(selected[rows]), device)
+            yield range(int(rows[0]), int(rows[0]) + batch_size), pixels, to_device(weights, device)
 
 
 @torch.no_grad()
@@ -127,8 +126,8 @@ def evaluate(
         update(weights, latents=latents, squares=latents.square(), psnr=psnr(x, y), ssim=ssim(x, y))
         if extended.lpips:
             update(weights, lpips=extended.lpips(x, y))
-        if extended.on_reconstruction:
-            extended.on_reconstruction(torch.from_numpy(to_uint8(y)).to(device), weights)
+        if extended.on_batch:
+            extended.on_batch(pixels, to_uint8(y))
     values = {name: dist.all_reduce_sum(total) / images for name, total in sums.items()}
     kl, reconstruction = values["kl"].tolist(), float(values["reconstruction"])
     nll = {"": reconstruction + sum(kl)} | ({"iwae_": float(values["iwae_nll"])} if samples else {})

@@ -1,10 +1,11 @@
-"""Image grids of a model. Each function returns images [n, 3, side, side] in [-1, 1] on the CPU, row by row."""
+"""Image grids of a model: images [n, 3, side, side] in [-1, 1] on the CPU, row by row."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vae_scale.data.images import PHOTO_FORMATS, center_crop_resize
@@ -13,22 +14,23 @@ from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
 from vae_scale.evaluation.evaluator import iterate_batches
 from vae_scale.evaluation.features import FeatureExtractor
-from vae_scale.evaluation.image_grids import to_uint8
+from vae_scale.evaluation.image_grids import render_grid, to_uint8
 from vae_scale.evaluation.neighbours import nearest_neighbours
 from vae_scale.models.vae import VAE, slerp
 from vae_scale.runtime.distributed import SINGLE_PROCESS
 
-ROWS = 8  # rows of interpolations and traversals, columns of reconstructions
+ROWS = 8  # rows of interpolations and traversals, columns of the grids written during training
 PCA_SAMPLES = 512  # latents from which principal directions are computed
 TRAVERSAL_RANGE = 2.5  # standard deviations to either side
 NUM_NEIGHBOURS = 5
 NUM_RECONSTRUCTIONS = 32  # images in the grid of reconstructions during training
 
 
-def make_training_grids(model: VAE, shards: ShardSet, num_samples: int, seed: int) -> dict[str, tuple[Tensor, int | None]]:
-    """Returns the grids written during training by name: images and number of columns. `num_samples` 0 omits the samples."""
-    grids: dict[str, tuple[Tensor, int | None]] = {"samples": (model.sample(num_samples, seed), None)} if num_samples else {}
-    return grids | {"reconstructions": (reconstruct_pairs(model, shards, NUM_RECONSTRUCTIONS, NUM_RECONSTRUCTIONS), ROWS)}
+def make_training_grids(model: VAE, shards: ShardSet, num_samples: int, seed: int) -> dict[str, Image.Image]:
+    """Returns the pictures written during training by name. `num_samples` 0 omits the samples."""
+    images = {"samples": model.sample(num_samples, seed)} if num_samples else {}
+    images["reconstructions"] = reconstruct_pairs(model, shards, NUM_RECONSTRUCTIONS, NUM_RECONSTRUCTIONS)
+    return {name: render_grid(grid, ROWS) for name, grid in images.items()}
 
 
 def interpolate(model: VAE, latents: Tensor, steps: int, batch_size: int) -> Tensor:
@@ -62,7 +64,7 @@ def retrieve_neighbours(samples: Tensor, shards: ShardSet, extractor: FeatureExt
     """Returns each sample followed by its NUM_NEIGHBOURS nearest images of a set in feature space, nearest first."""
     batches = iterate_batches(shards, len(shards), batch_size, SINGLE_PROCESS, torch.device("cpu"), progress="features")
     reference = torch.cat([extractor(images[weights > 0]) for _, images, weights in batches])
-    features = torch.cat([extractor(torch.from_numpy(to_uint8(part))) for part in samples.split(batch_size)])
+    features = torch.cat([extractor(to_uint8(part)) for part in samples.split(batch_size)])
     rows = nearest_neighbours(features, reference, min(NUM_NEIGHBOURS, len(shards)))
     neighbours = normalize_images(torch.from_numpy(shards.load_images(rows.flatten().numpy()))).unflatten(0, rows.shape)
     return torch.cat([samples[:, None], neighbours], 1).flatten(0, 1)

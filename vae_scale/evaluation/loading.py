@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from accelerate import Accelerator
 
 from vae_scale.config.options import TrainConfig
 from vae_scale.data.shards import ShardSet
@@ -12,9 +14,6 @@ from vae_scale.models.vae import VAE
 from vae_scale.runtime.checkpoint import images_seen_at, load_checkpoint, require_checkpoint
 from vae_scale.runtime.distributed import SINGLE_PROCESS, DistContext
 from vae_scale.runtime.launching import create_accelerator, get_device
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class LoadedRun:
         return shards
 
 
-def load_run(run: Path, accelerator: "Accelerator | None" = None) -> LoadedRun:
+def load_run(run: Path, accelerator: Accelerator | None = None) -> LoadedRun:
     """Loads the newest valid checkpoint of a run, the same one on all ranks, onto the CPU or the accelerator's device.
 
     Raises:
@@ -59,7 +58,7 @@ def load_run(run: Path, accelerator: "Accelerator | None" = None) -> LoadedRun:
     return LoadedRun(folder, images_seen_at(folder), load_checkpoint(folder)[0]["config"]["data"], model, dist)
 
 
-def start_command(run: Path, precision: Literal["auto", "bf16", "fp32"]) -> "tuple[LoadedRun, Accelerator]":
+def start_command(run: Path, precision: Literal["auto", "bf16", "fp32"]) -> tuple[LoadedRun, Accelerator]:
     """Initializes Accelerate with a precision and loads a run."""
     accelerator = create_accelerator(TrainConfig(precision=precision))
     return load_run(run, accelerator), accelerator

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
 
 from vae_scale.errors import UserError
 from vae_scale.evaluation.pretrained_weights import import_optional, verify_sha256
 
-SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # Gaussian window, in pixels
+SSIM_SIGMA, SSIM_WINDOW = 1.5, 11  # Gaussian window, in pixels
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 ALEXNET_SHA256 = "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02"
 
@@ -30,9 +30,8 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     Raises:
         UserError: if the images are smaller than the window of 11 pixels.
     """
-    window = 2 * SSIM_RADIUS + 1
-    if min(images.shape[2:]) < window:
-        raise UserError(f"SSIM requires images of at least {window} pixels a side, got {min(images.shape[2:])}")
+    if min(images.shape[2:]) < SSIM_WINDOW:
+        raise UserError(f"SSIM requires images of at least {SSIM_WINDOW} pixels a side, got {min(images.shape[2:])}")
     x, y = images.double(), others.double()
     c1, c2 = 0.01**2 * 4, 0.03**2 * 4  # the range of the values is 2
     mean_x, mean_y = _gaussian_blur(x), _gaussian_blur(y)
@@ -44,10 +43,10 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 def _gaussian_blur(x: Tensor) -> Tensor:
-    offsets = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=x.dtype, device=x.device)
-    window = torch.exp(-0.5 * (offsets / SSIM_SIGMA) ** 2)
-    kernel = (window / window.sum()).expand(x.shape[1], 1, -1)
-    return F.conv2d(F.conv2d(x, kernel[:, :, None], groups=x.shape[1]), kernel[..., None], groups=x.shape[1])
+    """Blurs without padding."""
+    blurred: Tensor = gaussian_blur(x, [SSIM_WINDOW, SSIM_WINDOW], [SSIM_SIGMA, SSIM_SIGMA])
+    margin = SSIM_WINDOW // 2
+    return blurred[..., margin:-margin, margin:-margin]
 
 
 def load_lpips(device: torch.device | str = "cpu") -> ImageDistance:

@@ -3,8 +3,7 @@
 import importlib.metadata
 import importlib.util
 import io
-import shutil
-import zipfile
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +23,10 @@ Format = Literal["torch", "onnx", "diffusers"]
 Part = Literal["decoder", "encoder"]
 Function = Callable[[Tensor], Sequence[Tensor]]
 DESCRIPTION = "export.json"
-PACKAGES = {"torch": [], "onnx": ["onnx", "onnxscript", "onnxruntime"], "diffusers": ["diffusers"]}
+ONNX_PACKAGES = ["onnx", "onnxscript", "onnxruntime"]
 PARTS: dict[Part, tuple[str, list[str]]] = {"decoder": ("latent", ["image"]), "encoder": ("image", ["mean", "log_sigma"])}
-BATCH_SIZES = [1, 3]  # for which outputs are compared
+BATCH_SIZES = (1, 3)  # for which outputs are compared
+MAX_KL_BATCH = 63  # images; diffusers' layers take another path for larger batches
 TOLERANCE = 1e-3  # maximum difference from the model's output, relative to the largest output or 1: 1/8 grey level
 
 
@@ -45,11 +45,12 @@ class _PartModule(nn.Module):
 
 
 def export_model(model: VAE, out: Path, form: Format, source: dict[str, Any]) -> dict[str, Any]:
-    """Exports `model` to the folder `out` and verifies the outputs. Returns the content of `export.json`.
+    """Exports `model` to the folder `out`. Returns the content of `export.json`.
 
-    Format torch writes `decoder.pt2` and `encoder.pt2`, onnx `decoder.onnx` and `encoder.onnx`, for fp32 and any batch size;
-    diffusers writes a folder for `AutoencoderKL.from_pretrained`. The mixture prior, if any, is saved to
-    `mixture.safetensors`. `export.json` describes the export and is written last.
+    Format torch writes `decoder.pt2` and `encoder.pt2`, onnx `decoder.onnx` and `encoder.onnx`, for fp32 and any batch size
+    (network kl: at most 63), whose outputs are compared with those of the model; diffusers writes a folder for
+    `AutoencoderKL.from_pretrained`. The mixture prior, if any, is saved to `mixture.safetensors`. `export.json` describes the
+    export and is written last.
 
     Args:
         model: The model, on the CPU.
@@ -60,39 +61,49 @@ def export_model(model: VAE, out: Path, form: Format, source: dict[str, Any]) ->
     Raises:
         UserError: if a package is missing, the network does not support the format, or outputs differ by more than `TOLERANCE`.
     """
-    missing = [name for name in PACKAGES[form] if not _is_installed(name)]
-    if missing:
-        raise UserError(f'--format {form} requires {", ".join(missing)}: pip install "vae_scale[export]"')
-    temporary = out.resolve().with_name(f".{out.resolve().name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    packages = ONNX_PACKAGES if form == "onnx" else []
+    if missing := [name for name in packages if not importlib.util.find_spec(name)]:
+        raise UserError(f'--format onnx requires {", ".join(missing)}: pip install "vae_scale[export]"')
+    if form == "diffusers" and not isinstance(model, KLVAE):
+        raise UserError(f"--format diffusers requires model.network kl; this is a {type(model).__name__}: use torch or onnx")
+    description = {
+        "format": form,
+        "network": type(model).__name__,
+        "resolution": model.resolution,
+        "latent_shape": list(model.latent_shape),
+        "prior": model.describe_prior(),
+        "versions": {name: importlib.metadata.version(name) for name in ["vae_scale", "torch", *packages]},
+        **source,
+    }
     model.eval()
-    try:
-        description = {
-            "format": form,
-            "network": type(model).__name__,
-            "resolution": model.resolution,
-            "latent_shape": list(model.latent_shape),
-            "prior": model.describe_prior(),
-            "tolerance": TOLERANCE,
-            "versions": {name: importlib.metadata.version(name) for name in ["vae_scale", "torch", *PACKAGES[form]]},
-        }
-        parts = _export_diffusers(model, temporary) if form == "diffusers" else _export_programs(model, temporary, form)
-        description |= source | parts
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as name:
+        temporary = Path(name)
+        if isinstance(model, KLVAE) and form == "diffusers":
+            description["scaling_factor"] = _save_diffusers(model, temporary)
+        else:
+            description["parts"] = {part: _export_part(model, part, temporary, form) for part in PARTS}
         if model.mixture:
             save_file(vars(model.mixture), temporary / MIXTURE)
-        write_json(temporary / DESCRIPTION, description)
-        out.mkdir(parents=True, exist_ok=True)
         (out / DESCRIPTION).unlink(missing_ok=True)  # so that it never describes the files of another export
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == DESCRIPTION):
+        for path in temporary.iterdir():
             path.replace(out / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_json(out / DESCRIPTION, description)
     return description
 
 
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _export_part(model: VAE, part: Part, folder: Path, form: Format) -> dict[str, Any]:
+    """Exports the decoder or the encoder, and returns its description."""
+    inputs = (_random_input(model, part, 2),)  # a batch size of 1 would be traced as a constant
+    shapes = ({0: Dim("batch", max=MAX_KL_BATCH if isinstance(model, KLVAE) else None)},)
+    with torch.no_grad():
+        program = torch.export.export(_PartModule(model, part).eval(), inputs, dynamic_shapes=shapes)
+    _remove_unused(program)
+    path = folder / f"{part}.{'onnx' if form == 'onnx' else 'pt2'}"
+    function = _save_onnx(program, part, shapes, path) if form == "onnx" else _save_program(program, path)
+    input_name, output_names = PARTS[part]
+    difference = _compare(model, part, function)
+    return {"file": path.name, "input": input_name, "outputs": output_names, "max_difference": difference}
 
 
 def _random_input(model: VAE, part: Part, batch_size: int) -> Tensor:
@@ -102,22 +113,8 @@ def _random_input(model: VAE, part: Part, batch_size: int) -> Tensor:
     return 2 * torch.rand(batch_size, 3, model.resolution, model.resolution, generator=random) - 1
 
 
-def _export_programs(model: VAE, folder: Path, form: Format) -> dict[str, Any]:
-    parts = {}
-    for part, (input_name, output_names) in PARTS.items():
-        inputs = (_random_input(model, part, 2),)  # a batch size of 1 would be traced as a constant
-        with torch.no_grad():
-            program = torch.export.export(_PartModule(model, part).eval(), inputs, dynamic_shapes=({0: Dim("batch")},))
-        _strip(program)
-        path = folder / f"{part}.{'onnx' if form == 'onnx' else 'pt2'}"
-        function = _save_onnx(program, part, path) if form == "onnx" else _save_program(program, path)
-        difference = _compare(model, part, function)
-        parts[part] = {"file": path.name, "input": input_name, "outputs": output_names, "max_difference": difference}
-    return {"parts": parts}
-
-
-def _strip(program: ExportedProgram) -> None:
-    """Removes unused parameters, the example inputs (they would be pickled) and stack traces, which contain source paths."""
+def _remove_unused(program: ExportedProgram) -> None:
+    """Removes the parameters of the other part, and the example inputs, which would be pickled."""
     program.example_inputs = None
     specs = program.graph_signature.input_specs
     for node, spec in zip(program.graph.find_nodes(op="placeholder"), list(specs), strict=True):
@@ -125,28 +122,21 @@ def _strip(program: ExportedProgram) -> None:
             program.graph.erase_node(node)
             specs.remove(spec)
             program.state_dict.pop(spec.target, None)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
     program.graph_module.recompile()
 
 
 def _save_program(program: ExportedProgram, path: Path) -> Function:
     buffer = io.BytesIO()  # torch.export.save reports a full disk without the file name
     torch.export.save(program, buffer)
-    with zipfile.ZipFile(buffer) as archive:
-        names = [entry.filename for entry in archive.infolist() if entry.file_size]
-    pickled = [name for name in names if name.endswith((".pt", ".pkl"))]
-    if pickled:
-        raise UserError(f"torch {torch.__version__} would pickle {pickled[0]}; update torch, or use --format onnx")
     path.write_bytes(buffer.getbuffer())
     return program.module()
 
 
-def _save_onnx(program: ExportedProgram, part: Part, path: Path) -> Function:
+def _save_onnx(program: ExportedProgram, part: Part, shapes: tuple[dict[int, Dim]], path: Path) -> Function:
     import onnxruntime
 
     input_name, output_names = PARTS[part]
-    shapes = ({0: Dim("batch")},)  # repeated, to name the axis in the ONNX graph
+    # The shapes are repeated to name the axis in the ONNX graph.
     exported = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=[input_name], output_names=output_names, dynamic_shapes=shapes
     )
@@ -156,31 +146,15 @@ def _save_onnx(program: ExportedProgram, part: Part, path: Path) -> Function:
     return lambda x: [torch.from_numpy(output) for output in session.run(None, {input_name: x.numpy()})]
 
 
-def _export_diffusers(model: VAE, folder: Path) -> dict[str, Any]:
-    """Saves an AutoencoderKL. Its scaling factor is 1 / the standard deviation of latents under the mixture prior, or 1."""
-    if not isinstance(model, KLVAE):
-        raise UserError(f"--format diffusers requires model.network kl; this is a {type(model).__name__}: use torch or onnx")
+def _save_diffusers(model: KLVAE, folder: Path) -> float:
+    """Saves an AutoencoderKL. Returns its scaling factor: 1 / the standard deviation of latents under the mixture, or 1."""
     factor = 1.0
     if mixture := model.mixture:
         mean = mixture.weights @ mixture.means
         square = mixture.weights @ (mixture.means.square() + mixture.factors.square().sum(2))
         factor = float((square.mean() - mean.mean().square()) ** -0.5)
     model.to_diffusers(factor).save_pretrained(folder)
-
-    from diffusers import AutoencoderKL
-
-    saved = AutoencoderKL.from_pretrained(folder)
-
-    def encode(images: Tensor) -> list[Tensor]:
-        posterior = saved.encode(images).latent_dist
-        return [posterior.mean, posterior.logvar / 2]
-
-    def decode(latents: Tensor) -> list[Tensor]:
-        return [saved.decode(latents).sample.clamp(-1, 1)]
-
-    functions: dict[Part, Function] = {"decoder": decode, "encoder": encode}
-    parts = {part: {"max_difference": _compare(model, part, function)} for part, function in functions.items()}
-    return {"scaling_factor": factor, "parts": parts}
+    return factor
 
 
 @torch.no_grad()

@@ -67,8 +67,8 @@ class PretrainedModel(nn.Module, ABC):
         """Loads a model on the CPU, in evaluation mode and channels_last memory.
 
         Args:
-            name: Folder of a saved model, of a checkpoint or of a run (its newest complete checkpoint is loaded), or a
-                repository of the Hugging Face Hub.
+            name: Folder of a saved model or of a checkpoint, or a repository of the Hugging Face Hub. For a run, see
+                `vae_scale.load`.
             weights: File of the weights. Defaults to `ema.safetensors`, the averaged weights of a checkpoint, where it
                 exists, else `model.safetensors`.
 
@@ -125,28 +125,10 @@ def positive_int(values: Any, name: str, maximum: int = MAX_SIZE) -> int:
     return value
 
 
-def newest_complete_checkpoint(run: Path) -> Path | None:
-    """Returns the newest checkpoint of a run whose files all have the sizes in its manifest, or None."""
-    for manifest in sorted(run.glob("checkpoints/images_*/manifest.json"), key=lambda path: path.parent.name, reverse=True):
-        try:
-            files = json.loads(manifest.read_text("utf-8"))["files"].items()
-            if all((manifest.parent / name).stat().st_size == entry["size"] for name, entry in files):
-                return manifest.parent
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            continue
-    return None
-
-
 def _resolve_folder(name: str | Path, weights: str | None) -> Path:
     """Returns the folder of a model, downloaded if `name` is a repository of the Hub."""
-    folder = Path(name)
-    if (folder / "checkpoints").is_dir():
-        checkpoint = newest_complete_checkpoint(folder)
-        if checkpoint is None:
-            raise UserError(f"{folder}: has no complete checkpoint; train it with python -m vae_scale.train --run {folder}")
-        return checkpoint
-    if folder.is_dir():
-        return folder
+    if Path(name).is_dir():
+        return Path(name)
     try:
         patterns = [CONFIG, MIXTURE, *([weights] if weights else [WEIGHTS, AVERAGED_WEIGHTS])]
         return Path(snapshot_download(str(name), allow_patterns=patterns))

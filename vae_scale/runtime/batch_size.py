@@ -16,14 +16,11 @@ from vae_scale.runtime.distributed import DistContext
 GPU_MEMORY_FRACTION = 0.9  # the rest is for fragmentation and communication buffers
 HOST_MEMORY_FRACTION = 0.5  # of the available memory
 BACKWARD_FACTOR = 2.5  # peak memory of a backward pass over the size of the saved tensors; measured: 1.2 to 2.1
-MIN_PROBE_IMAGES = 8  # above this, GPU memory grows linearly with the number of images
 OUT_OF_MEMORY_MESSAGES = ("out of memory", "ALLOC_FAILED", "can't allocate memory")  # CUDA; cuDNN and cuBLAS; the host
-
-LossFn = Callable[[int], Tensor]
 
 
 def find_batch_size(
-    loss_fn: LossFn,
+    loss_fn: Callable[[int], Tensor],
     parameters: Iterable[Parameter],
     device: torch.device,
     multiple: int,
@@ -33,8 +30,8 @@ def find_batch_size(
 ) -> int:
     """Returns the largest global batch size that fits on all ranks: `multiple` times a power of two. All ranks must call it.
 
-    On a GPU, the peak memory of two small batches predicts the largest size, which is then tried. On a CPU, where running out
-    of memory would kill the process, memory is estimated from the tensors saved for backward.
+    Memory is estimated from the tensors saved for the backward pass. On a GPU, sizes for which these fit are tried, largest
+    first. On a CPU, where running out of memory would kill the process, the estimate has a margin instead.
 
     Args:
         loss_fn: Returns the loss of a given number of images, compiled if training is compiled.
@@ -50,17 +47,45 @@ def find_batch_size(
     """
     parameters = list(parameters)
     optimizer_bytes = sum(2 * 4 * parameter.numel() for parameter in parameters)  # not allocated yet
-    sizes = [multiple]
-    while 2 * sizes[-1] <= max_batch_size:
-        sizes.append(2 * sizes[-1])
-    counts = [math.ceil(size / num_microbatches) for size in sizes]
-    if device.type == "cuda":
-        max_count: float = _max_images_on_gpu(loss_fn, parameters, device, optimizer_bytes, counts)
+    on_gpu = device.type == "cuda"
+
+    def fits(images: int) -> bool:
+        """Returns whether a forward and backward pass fits into memory."""
+        try:
+            loss_fn(images).backward()
+            return True
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+            if on_gpu:
+                torch.cuda.empty_cache()
+
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info(device)
+        limit = GPU_MEMORY_FRACTION * (free + torch.cuda.memory_reserved(device)) - optimizer_bytes
+        torch.cuda.set_per_process_memory_fraction(max(0.0, limit / total), device)
+        available = limit - torch.cuda.memory_allocated(device)
     else:
-        max_count = _max_images_on_host(loss_fn, optimizer_bytes)
-    batch_size = max((size for size, count in zip(sizes, counts, strict=True) if count <= max_count), default=0)
+        host_bytes = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        available = (HOST_MEMORY_FRACTION * host_bytes - optimizer_bytes) / BACKWARD_FACTOR
+    max_images = available / max(1, _saved_bytes(fits, 2) - _saved_bytes(fits, 1))
+    batch_size = multiple
+    while 2 * batch_size <= max_batch_size:
+        batch_size *= 2
+    while batch_size >= multiple:
+        images = math.ceil(batch_size / num_microbatches)
+        # Twice, because cuDNN benchmarks algorithms in the first pass.
+        if images <= max_images and (not on_gpu or (fits(images) and fits(images))):
+            break
+        batch_size //= 2
+    if on_gpu:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
     batch_size = int(dist.gather(torch.tensor([batch_size], device=device)).min())
-    if not batch_size:
+    if batch_size < multiple:
         raise UserError(
             f"train.batch_size auto: not even {multiple} images fit into memory; raise train.gradient_accumulation_steps or "
             "use a smaller model"
@@ -68,72 +93,13 @@ def find_batch_size(
     return batch_size
 
 
-def _max_images_on_gpu(
-    loss_fn: LossFn, parameters: list[Parameter], device: torch.device, optimizer_bytes: int, counts: list[int]
-) -> int:
-    def clear_gradients() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-
-    def measure_peak(count: int) -> int:
-        try:
-            for _ in range(2):  # cuDNN benchmarks algorithms in the first pass
-                torch.cuda.reset_peak_memory_stats(device)
-                loss_fn(count).backward()
-                clear_gradients()
-            torch.cuda.synchronize(device)
-            return torch.cuda.max_memory_allocated(device)
-        finally:
-            clear_gradients()
-            torch.cuda.empty_cache()
-
-    def can_train(count: int) -> bool:
-        torch.cuda.set_per_process_memory_fraction(GPU_MEMORY_FRACTION, device)
-        try:
-            reserved = torch.empty(optimizer_bytes, dtype=torch.uint8, device=device)
-            measure_peak(count)
-            return reserved.numel() == optimizer_bytes
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return False
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-    probe = next((count for count in counts if count >= MIN_PROBE_IMAGES), counts[-1])
-    available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return find_max_images(counts, can_train, measure_peak, probe, GPU_MEMORY_FRACTION * available - optimizer_bytes)
-
-
-def find_max_images(
-    counts: list[int], can_train: Callable[[int], bool], measure_peak: Callable[[int], int], probe: int, available: float
-) -> int:
-    """Returns the largest of `counts` that can be trained on, or 0.
-
-    The peak memory of `probe` and `2 * probe` images, in bytes, is extrapolated to the `available` memory. The
-    remaining candidates are tried, largest first.
-    """
-    candidates = counts
-    if can_train(probe) and can_train(2 * probe):
-        first, second = measure_peak(probe), measure_peak(2 * probe)
-        bytes_per_image = max(1.0, (second - first) / probe)
-        candidates = [count for count in counts if second + (count - 2 * probe) * bytes_per_image <= available]
-    return next((count for count in reversed(candidates) if can_train(count)), 0)
-
-
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Returns whether an error of CUDA, cuDNN, cuBLAS or the host is an out-of-memory error."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY_MESSAGES)
 
 
-def _max_images_on_host(loss_fn: LossFn, optimizer_bytes: int) -> float:
-    available = HOST_MEMORY_FRACTION * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    bytes_per_image = max(1.0, (_saved_bytes(loss_fn, 4) - _saved_bytes(loss_fn, 2)) / 2)
-    return (available - optimizer_bytes) / (BACKWARD_FACTOR * bytes_per_image)
-
-
-def _saved_bytes(loss_fn: LossFn, count: int) -> int:
-    """Returns the size of the tensors that a forward pass saves for backward, including weights."""
+def _saved_bytes(step: Callable[[int], object], images: int) -> int:
+    """Returns the size of the tensors that a step saves for the backward pass, including weights."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def record_storage(tensor: Tensor) -> Tensor:
@@ -142,5 +108,5 @@ def _saved_bytes(loss_fn: LossFn, count: int) -> int:
         return tensor
 
     with saved_tensors_hooks(record_storage, lambda tensor: tensor):
-        loss_fn(count)
+        step(images)
     return sum(storage.nbytes() for storage in storages.values())

@@ -9,7 +9,6 @@ import contextlib
 import json
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
-from tqdm import tqdm
 
 from vae_scale.errors import UserError, one_line
 from vae_scale.files import fsync, sha256_of, write_json
@@ -165,7 +163,7 @@ class CheckpointWriter:
         run: Path,
         keep: int,
         keep_every: int | None = None,
-        on_failed: Callable[[str], object] = lambda message: tqdm.write(f"warning: {message}", file=sys.stderr),
+        on_failed: Callable[[str], object] = print,
         on_saved: Callable[[Path], object] | None = None,
     ) -> None:
         self._run, self._keep, self._keep_every, self._on_failed, self._on_saved = run, keep, keep_every, on_failed, on_saved

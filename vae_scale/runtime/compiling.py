@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch._dynamo.callback import callback_handler
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-REPORT_AFTER, REPORT_INTERVAL = 3.0, 1.0  # seconds
 
 # Per function. FSDP2's hooks break the graph at every block, and all blocks of a class share one function. Beyond this limit,
 # torch silently falls back to eager mode.
@@ -72,46 +70,29 @@ def cache_folder() -> Path:
 def report_compilation(
     report: Callable[[str], object], on_compiling: Callable[[bool], object] = lambda active: None
 ) -> Iterator[None]:
-    """Reports long compilations within the context, once per second: "compiling: 35 s".
+    """Reports compilations within the context: "compiling", then "compiled in 35 s".
 
-    The time accumulates over all compilations in the context, because a network is compiled in several parts. `report` is
-    called from a thread, `on_compiling` with True when a compilation begins and with False when it ends.
+    The time accumulates over all compilations in the context, because a network is compiled in several parts. `on_compiling` is
+    called with True when a compilation begins and with False when it ends.
     """
-    reporter = _CompilationReporter(report, on_compiling)
-    callback_handler.register_start_callback(reporter.begin)
-    callback_handler.register_end_callback(reporter.end)
+    start_time = total_seconds = 0.0
+
+    def begin(*_: object) -> None:
+        nonlocal start_time
+        start_time = time.perf_counter()
+        on_compiling(True)
+        report("compiling")
+
+    def end(*_: object) -> None:
+        nonlocal total_seconds
+        total_seconds += time.perf_counter() - start_time
+        on_compiling(False)
+        report(f"compiled in {total_seconds:.0f} s")
+
+    callback_handler.register_start_callback(begin)
+    callback_handler.register_end_callback(end)
     try:
         yield
     finally:
-        callback_handler.remove_start_callback(reporter.begin)
-        callback_handler.remove_end_callback(reporter.end)
-
-
-class _CompilationReporter:
-    def __init__(self, report: Callable[[str], object], on_compiling: Callable[[bool], object]) -> None:
-        self._report, self._on_compiling = report, on_compiling
-        self._total_seconds, self._has_reported = 0.0, False
-
-    def begin(self, *_: object) -> None:
-        self._on_compiling(True)
-        self._start_time, self._finished = time.perf_counter(), threading.Event()
-        self._thread = threading.Thread(target=self._report_periodically, daemon=True)
-        self._thread.start()
-
-    def end(self, *_: object) -> None:
-        self._on_compiling(False)
-        self._finished.set()
-        self._thread.join()
-        self._total_seconds = self._elapsed_seconds()
-        if self._has_reported:
-            self._report(f"compiled in {self._total_seconds:.0f} s")
-        self._has_reported = False
-
-    def _elapsed_seconds(self) -> float:
-        return self._total_seconds + time.perf_counter() - self._start_time
-
-    def _report_periodically(self) -> None:
-        while not self._finished.wait(REPORT_INTERVAL):
-            if self._elapsed_seconds() > REPORT_AFTER:
-                self._has_reported = True
-                self._report(f"compiling: {self._elapsed_seconds():.0f} s")
+        callback_handler.remove_start_callback(begin)
+        callback_handler.remove_end_callback(end)

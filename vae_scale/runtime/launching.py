@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import ctypes
-import itertools
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -89,31 +88,21 @@ def resolve_precision(precision: str) -> str:
         return precision
     if _use_gpu():
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return "bf16" if any(getattr(torch.cpu, check, lambda: False)() for check in checks) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def _requested_processes() -> int:
     """Returns the number of processes requested from `accelerate launch`, the parent process; 1 without it."""
     # Without a GPU, the launcher may silently ignore the number, and no environment variable contains it.
-    try:
+    command: list[str] = []
+    with contextlib.suppress(psutil.Error):
         command = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
+    if not any(Path(argument).name in LAUNCHER_NAMES for argument in command):
         return 1
-    launcher = next((index for index, argument in enumerate(command) if Path(argument).name in LAUNCHER_NAMES), None)
-    if launcher is None:
-        return 1
-    # The launcher's options precede the program.
-    arguments = itertools.takewhile(
-        lambda argument: argument not in ("-m", "--module") and not argument.endswith(".py"), command[launcher + 1 :]
-    )
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int)
     parser.add_argument("--config_file", "--config-file", type=Path)
-    options, _ = parser.parse_known_args(list(arguments))
-    try:
-        if options.num_processes is None and options.config_file:
-            return int(yaml.safe_load(options.config_file.read_text()).get("num_processes", 1))
-    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError):
-        pass
+    options, _ = parser.parse_known_args(command)
+    if options.num_processes is None and options.config_file:
+        return int(yaml.safe_load(options.config_file.read_text()).get("num_processes", 1))
     return options.num_processes or 1

@@ -3,10 +3,8 @@
 Results match those of DDP up to rounding, and checkpoints have the same format.
 """
 
-import os
-
 import torch
-from accelerate.utils import str_to_bool
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,7 +16,7 @@ from vae_scale.models.blocks import Block
 
 def fsdp_enabled() -> bool:
     """Returns whether the launcher requested FSDP. Accelerate itself supports it on GPUs only."""
-    return bool(str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
+    return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def apply_fsdp(objective: nn.Module, device: torch.device, world_size: int, grad_reduce_dtype: str) -> FSDPModule:

@@ -28,7 +28,6 @@ class SignalHandler:
         self._flag, self._device = 0.0, device
         on_gpu = device.type == "cuda"
         self._sums = torch.zeros(DELAY_STEPS, pin_memory=on_gpu)
-        self._sums_numpy = self._sums.numpy()
         self._events = [torch.cuda.Event() for _ in range(DELAY_STEPS)] if on_gpu else []
         self._step = 0
 
@@ -59,8 +58,8 @@ class SignalHandler:
         if self._step >= DELAY_STEPS:
             if self._events:
                 self._events[slot].synchronize()
-            delayed = self._sums_numpy[slot]
-            self.should_stop, self.preempted = bool(delayed > 0), bool(delayed >= PREEMPTION_FLAG)
+            delayed = float(self._sums.numpy()[slot])
+            self.should_stop, self.preempted = delayed > 0, delayed >= PREEMPTION_FLAG
         self._sums[slot : slot + 1].copy_(total, non_blocking=True)
         if self._events:
             self._events[slot].record()

@@ -27,14 +27,14 @@ class Heartbeat:
         progress: Number of calls of `HangWatchdog.heartbeat`, equal on all ranks at the same point of the program.
         location: Current operation of the rank.
         process: Process id and host.
-        compiling: Number of heartbeats while compiling, which count as progress.
+        compiling: Whether the rank is compiling, which counts as progress.
     """
 
     number: int
     progress: int
     location: str
     process: str
-    compiling: int = 0
+    compiling: bool = False
 
 
 class HangWatchdog(contextlib.AbstractContextManager["HangWatchdog"]):
@@ -56,7 +56,6 @@ class HangWatchdog(contextlib.AbstractContextManager["HangWatchdog"]):
         self._rank, self._world_size, self._timeout, self._on_hang = rank, world_size, timeout, on_hang
         self._interval = min(timeout / HEARTBEATS_PER_TIMEOUT, MAX_INTERVAL)
         self._last = Heartbeat(0, 0, "the start", f"process {os.getpid()} on {socket.gethostname()}")
-        self._compiling = False
         self._closed = threading.Event()
         # Two connections, because a connection is locked while it waits for a response.
         self._publish_store: TCPStore | None = None
@@ -68,7 +67,7 @@ class HangWatchdog(contextlib.AbstractContextManager["HangWatchdog"]):
 
     def set_compiling(self, active: bool) -> None:
         """Marks the beginning or the end of compilation, which may take longer than the timeout."""
-        self._compiling = active
+        self._last = replace(self._last, compiling=active)
 
     def __enter__(self) -> "HangWatchdog":
         if self._world_size > 1:
@@ -93,10 +92,8 @@ class HangWatchdog(contextlib.AbstractContextManager["HangWatchdog"]):
         for number in itertools.count(1):
             if self._closed.wait(self._interval):
                 return
-            if self._compiling:
-                self._last = replace(self._last, compiling=self._last.compiling + 1)
             self._publish(number)
-            idle = 0 if self._compiling or self._last.progress != progress else idle + 1
+            idle = 0 if self._last.compiling or self._last.progress != progress else idle + 1
             progress = self._last.progress
             if idle == max_idle:
                 before = self._read_heartbeats()
@@ -148,7 +145,8 @@ class HangWatchdog(contextlib.AbstractContextManager["HangWatchdog"]):
 
 
 def _has_progressed(before: Heartbeat, now: Heartbeat) -> bool:
-    return now.progress > before.progress or now.compiling > before.compiling
+    is_alive = now.number > before.number
+    return now.progress > before.progress or (is_alive and (before.compiling or now.compiling))
 
 
 def diagnose_hang(before: dict[int, Heartbeat], now: dict[int, Heartbeat], world_size: int) -> str:

@@ -25,7 +25,7 @@ class Logger:
         """Logs an event. Thread-safe."""
 
     def log_checkpoint(self, folder: Path) -> None:
-        """Logs a checkpoint. Called by the thread that writes checkpoints."""
+        """Logs a checkpoint. Thread-safe."""
 
     def close(self, failed: bool = False) -> None:
         """Flushes and closes the logger."""

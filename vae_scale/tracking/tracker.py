@@ -1,4 +1,4 @@
-"""Records the metrics and events of a run in its folder, on the terminal and with an experiment logger."""
+"""Records the metrics, events and images of a run in its folder, on the terminal and with an experiment logger."""
 
 import errno
 import json
@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from vae_scale.config.options import Config
+from vae_scale.errors import one_line
 from vae_scale.files import atomic_write
 from vae_scale.tracking.logger import Logger, Metrics
 from vae_scale.tracking.terminal import Terminal
@@ -30,6 +32,9 @@ class Tracker:
         run_id: Identifier of the logger's run to resume; None for a new one.
         metadata: Values for the logger to record beside the configuration.
         terminal: Prints metrics and events.
+
+    Attributes:
+        logger: The experiment logger.
     """
 
     def __init__(
@@ -37,20 +42,15 @@ class Tracker:
     ) -> None:
         self._metrics = JsonlWriter(config.run_dir / METRICS, max_images=images_seen)
         self._events = JsonlWriter(config.run_dir / EVENTS)
-        self._terminal = terminal
-        self._logger = _create_logger(config, images_seen, run_id, metadata)
-
-    @property
-    def run_id(self) -> str | None:
-        """Identifier with which the logger's run can be resumed."""
-        return self._logger.run_id
+        self._samples_dir, self._terminal = config.run_dir / "samples", terminal
+        self.logger = _create_logger(config, images_seen, run_id, metadata)
 
     def log_metrics(self, images_seen: int, metrics: Metrics) -> None:
         """Records scalars and lists, named by group: train/, eval/, perf/, data/. Loggers show a list as a histogram."""
         record = {"images": images_seen, **metrics}
         self._metrics.write(record)
         self._terminal.print_record(record)
-        self._logger.log_metrics(images_seen, metrics)
+        self.logger.log_metrics(images_seen, metrics)
 
     def log_event(self, images_seen: int, kind: str, text: str) -> None:
         """Records an event. Thread-safe.
@@ -64,19 +64,20 @@ class Tracker:
         self._events.write(record)
         # The error of a failed run is printed on standard error by the process that raised it.
         self._terminal.print_record(record, "" if kind == "failed" else f"{images_seen:,} images: {text}")
-        self._logger.log_event(images_seen, kind, text)
+        self.logger.log_event(images_seen, kind, text)
 
-    def log_image(self, images_seen: int, name: str, path: Path) -> None:
-        """Forwards a PNG file of the run's folder to the logger."""
-        self._logger.log_image(images_seen, name, path)
-
-    def log_checkpoint(self, folder: Path) -> None:
-        """Forwards a checkpoint to the logger. Thread-safe."""
-        self._logger.log_checkpoint(folder)
-
-    def close(self, failed: bool = False) -> None:
-        """Flushes and closes the logger."""
-        self._logger.close(failed)
+    def log_images(self, images_seen: int, images: Mapping[str, Image.Image]) -> None:
+        """Writes images, by name, as `samples/NAME_000012345.png`."""
+        for name, image in images.items():
+            path = self._samples_dir / f"{name}_{images_seen:09d}.png"
+            try:
+                path.parent.mkdir(exist_ok=True)
+                image.save(path)
+            except OSError as error:
+                text = f"{path}: cannot be written ({one_line(error)}); training continues"
+                self.log_event(images_seen, "checkpoint_failed", text)
+            else:
+                self.logger.log_image(images_seen, f"samples/{name}", path)
 
 
 def _create_logger(config: Config, images_seen: int, run_id: str | None, metadata: dict[str, Any]) -> Logger:
@@ -102,7 +103,6 @@ class JsonlWriter:
     def __init__(self, path: Path, max_images: float = math.inf) -> None:
         self._path = path
         self._pending: list[str] = []
-        self._warned = False
         self._lock = threading.Lock()
         lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         atomic_write(path, "".join(f"{line}\n" for line in lines if _images_of(line) <= max_images))
@@ -110,6 +110,7 @@ class JsonlWriter:
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record. Thread-safe."""
         with self._lock:
+            is_retry = bool(self._pending)
             self._pending.append(f"{json.dumps(record)}\n")
             content = "".join(self._pending).encode()
             try:
@@ -119,11 +120,10 @@ class JsonlWriter:
                         file.truncate(end)
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
-                if not self._warned:
+                if not is_retry:
                     tqdm.write(f"warning: {self._path}: {error.strerror}; lines are written later", sys.stderr)
-                self._warned = True
             else:
-                self._pending, self._warned = [], False
+                self._pending.clear()
 
 
 def _images_of(line: str) -> float:

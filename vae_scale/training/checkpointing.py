@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,32 +24,18 @@ from vae_scale.training.stages import trainable_parameters
 
 NamedTensors = Iterator[tuple[str, Tensor]]
 
-
-@dataclass
-class ResumeState:
-    """The state from which training starts.
-
-    Attributes:
-        images_seen: Images seen so far.
-        shuffle_window: Shuffle window of the run, even if its shards have moved since; None for a new run.
-        wandb_id: Id of the wandb run.
-        metric_sums: State of the metric accumulator.
-        optimizer: Tensors of the optimizer.
-    """
-
-    images_seen: int = 0
-    shuffle_window: int | None = None
-    wandb_id: str | None = None
-    metric_sums: dict[str, float] = field(default_factory=dict)
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
+NEW_RUN: dict[str, Any] = {"images_seen": 0, "shuffle_window": None, "wandb_id": None, "metric_sums": {}}
 
 
 def resume(
     config: Config, accelerator: Accelerator, model: VAE, ema: EMA, train_set: ShardSet, terminal: Terminal
-) -> ResumeState:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Loads the newest valid checkpoint, if any, into the model, its average and the loss scaler. All processes must call it.
 
     A batch size of "auto" is replaced by the batch size of the checkpoint.
+
+    Returns:
+        The content of its state.json, or `NEW_RUN`, and the tensors of the optimizer, which are empty for a new run.
 
     Raises:
         UserError: if the checkpoint was trained on other shards, with another network, or with other values of options that
@@ -61,7 +46,7 @@ def resume(
     images = torch.tensor(-1 if newest is None else checkpoint.images_seen_at(newest), device=accelerator.device)
     images_seen = int(broadcast(images))
     if images_seen < 0:
-        return ResumeState()
+        return NEW_RUN, {}
     folder = checkpoint.checkpoint_folder(config.run_dir, images_seen)
     state, tensors = checkpoint.load_checkpoint(folder, "model", "ema", "optimizer")
     if config.train.batch_size == "auto":
@@ -86,7 +71,7 @@ def resume(
     terminal.print_message(f"resuming {config.run_dir} at {images_seen:,} images")
     if changes:
         terminal.print_message(f"resuming with {', '.join(changes)}")
-    return ResumeState(images_seen, state["shuffle_window"], state["wandb_id"], state["metric_sums"], tensors["optimizer"])
+    return state, tensors["optimizer"]
 
 
 def save(

@@ -6,14 +6,13 @@ from pathlib import Path
 from vae_scale.data.stream import Stream
 from vae_scale.errors import UserError
 from vae_scale.runtime.checkpoint import list_checkpoints
-from vae_scale.training.metrics import IntervalStats
 
 SKIP_REASON = "gradients not finite, or their norm above optimizer.skip_threshold"
 
 
-def divergence_error(stats: IntervalStats, stream: Stream, run_dir: Path, is_main_process: bool) -> UserError:
-    """Returns an error with the first skipped batch and the newest checkpoint; rank 0 writes skipped_steps.json."""
-    first, skips = stats.first_skip, stats.consecutive_skips
+def divergence_error(images_seen: int, skips: int, stream: Stream, run_dir: Path, is_main_process: bool) -> UserError:
+    """Returns an error for a run whose last `skips` steps were skipped. Rank 0 writes the first batch to skipped_steps.json."""
+    first = images_seen - skips * stream.plan.batch
     images = stream.shards.sample_names(stream.plan.rows(first))
     path = run_dir / "skipped_steps.json"
     if is_main_process:

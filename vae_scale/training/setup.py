@@ -31,7 +31,7 @@ def open_datasets(config: Config, terminal: Terminal) -> tuple[ShardSet, ShardSe
     train_set, test_set = shards.select(*config.data.train_splits), shards.select(config.data.test)
     splits = ", ".join(f"{name} {count:,}" for name, count in train_set.splits.items())
     terminal.print_message(f"training on {splits}; {len(test_set):,} images of {config.data.test} held out")
-    if not shards.storage.is_local:
+    if not shards.is_local:
         terminal.print_message(
             f"fetching shards from {shards.location}; the first step starts after the first shards have arrived"
         )

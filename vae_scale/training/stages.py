@@ -14,7 +14,7 @@ from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import to_device
 from vae_scale.errors import UserError
 from vae_scale.evaluation.evaluator import evaluate
-from vae_scale.evaluation.latents import evaluate_flow, fit_prior, measure_latents
+from vae_scale.evaluation.latents import evaluate_flow, measure_latents
 from vae_scale.models.discriminator import Discriminator
 from vae_scale.models.hierarchical import HierarchicalVAE
 from vae_scale.models.likelihoods import bits_per_dim
@@ -57,10 +57,6 @@ class Stage(ABC):
     def evaluate(self, model: VAE, test_set: ShardSet, batch: int, dist: DistContext) -> Mapping[str, float | list[float]]:
         """Returns metrics of `model`, the averaged model, on held-out images."""
 
-    def fit_mixture(self, model: VAE, batch: int, dist: DistContext) -> None:
-        """Fits and sets `model.mixture` if `fits_mixture` is true."""
-        return
-
     def add_labels(self, random_inputs: Tensors, rows: Rows) -> Tensors:
         """Adds the labels of the images at `rows`, if the objective is conditioned on labels."""
         return random_inputs
@@ -68,10 +64,6 @@ class Stage(ABC):
     def schedule_values(self, images_seen: int) -> tuple[Tensor, ...]:
         """Returns the scheduled arguments of the objective: scalars."""
         return ()
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns the parameter groups of the optimizer."""
-        return [{"params": [parameter for _, parameter in trainable_parameters(self.model)]}]
 
     def on_step_end(self, metrics: Tensors, is_taken: Tensor) -> None:
         """Called after each step with the metrics of the global batch and whether the step was taken."""
@@ -98,12 +90,19 @@ def trainable_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Returns the parameter groups of the optimizer. A discriminator is trained with betas (0, 0.9)."""
+    parameters = dict(trainable_parameters(model))
+    discriminator = [parameters.pop(name) for name in list(parameters) if name.startswith(DISCRIMINATOR_PREFIX)]
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
+    return [*groups, {"params": discriminator, "betas": (0.0, 0.9)}] if discriminator else groups
+
+
 class VAEStage(Stage):
     """The first stage: encoder and decoder."""
 
     def __init__(self, config: Config, device: torch.device, train_set: ShardSet) -> None:
         super().__init__(config, device)
-        self.train_set = train_set
         self.model = build_model(config.model, train_set.image_shape[0])
         if config.objective.uses_discriminator:
             self.model.discriminator = Discriminator(config.objective.discriminator_width)
@@ -124,13 +123,6 @@ class VAEStage(Stage):
         values = kl_weight(self.config.objective, images_seen), adversarial_factor
         # Filled on the device: a copy from the host would synchronize with it.
         return tuple(torch.full((), value, device=self.device) for value in values)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns two groups if there is a discriminator, which is trained with betas (0, 0.9)."""
-        parameters = dict(trainable_parameters(self.model))
-        discriminator = [parameters.pop(name) for name in list(parameters) if name.startswith(DISCRIMINATOR_PREFIX)]
-        groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
-        return [*groups, {"params": discriminator, "betas": (0.0, 0.9)}] if discriminator else groups
 
     def on_step_end(self, metrics: Tensors, is_taken: Tensor) -> None:
         """Updates the scale of the likelihood."""
@@ -156,10 +148,6 @@ class VAEStage(Stage):
     def evaluate(self, model: VAE, test_set: ShardSet, batch: int, dist: DistContext) -> Mapping[str, float | list[float]]:
         """Returns the ELBO and its terms."""
         return evaluate(model, test_set, self.config.evaluate.images, batch, self.config.seed, dist)
-
-    def fit_mixture(self, model: VAE, batch: int, dist: DistContext) -> None:
-        """See `Stage`."""
-        model.mixture = fit_prior(model, self.train_set, self.config.evaluate.prior_fit_images, batch, self.config.seed, dist)
 
 
 class FlowStage(Stage):

@@ -16,7 +16,7 @@ from vae_scale.config.parsing import check_batch_size
 from vae_scale.data.stream import Batch, default_window
 from vae_scale.errors import one_line
 from vae_scale.evaluation import gallery
-from vae_scale.evaluation.image_writer import ImageWriter
+from vae_scale.evaluation.latents import fit_prior
 from vae_scale.runtime import compiling, launching, sharding
 from vae_scale.runtime.checkpoint import CheckpointWriter
 from vae_scale.runtime.distributed import DistContext
@@ -30,7 +30,7 @@ from vae_scale.tracking.tracker import Tracker
 from vae_scale.training import checkpointing
 from vae_scale.training.divergence import SKIP_REASON, divergence_error
 from vae_scale.training.ema import EMA
-from vae_scale.training.metrics import AsyncAllReduce, MetricAccumulator
+from vae_scale.training.metrics import CONSECUTIVE_SKIPS, STEPS_SKIPPED, STEPS_TAKEN, AsyncAllReduce, MetricAccumulator
 from vae_scale.training.objectives import Tensors
 from vae_scale.training.optimizer_step import OptimizerStep
 from vae_scale.training.schedules import learning_rate
@@ -42,7 +42,7 @@ from vae_scale.training.setup import (
     open_datasets,
     wrap_objective,
 )
-from vae_scale.training.stages import build_stage, trainable_parameters
+from vae_scale.training.stages import build_stage, parameter_groups, trainable_parameters
 
 FIRST_PREVIEW = 256  # images before the first image grids
 REQUEUE_FILE = "requeue.json"  # in the run's folder: the job was preempted and should be restarted
@@ -75,8 +75,8 @@ class Trainer:
         lock = acquire_run_lock(config.run_dir, self.is_main_process, self.device)
         if self.is_main_process:
             (config.run_dir / REQUEUE_FILE).unlink(missing_ok=True)
-        resumed = checkpointing.resume(config, self.accelerator, self.model, self.ema, self.train_set, self.terminal)
-        self.images_seen, self.mixture_fitted_at = resumed.images_seen, -1
+        state, optimizer = checkpointing.resume(config, self.accelerator, self.model, self.ema, self.train_set, self.terminal)
+        self.images_seen, self.mixture_fitted_at = state["images_seen"], -1
         if config.train.batch_size == "auto":
             config.train.batch_size = largest_batch_size(config, self.stage, self.train_set, self.accelerator, self.dist)
             self.terminal.print_message(f"train.batch_size auto: {config.train.batch_size:,} images")
@@ -84,24 +84,23 @@ class Trainer:
 
         self.objective = wrap_objective(self.stage.objective, config, self.accelerator, self.device)
         self.forward = compile_objective(self.objective, config, self.device)
-        self.optimizer_step = OptimizerStep(self.stage.parameter_groups(), config.optimizer, self.accelerator.scaler)
-        if resumed.optimizer:
-            self.optimizer_step.load(trainable_parameters(self.model), resumed.optimizer)
+        self.optimizer_step = OptimizerStep(parameter_groups(self.model), config.optimizer, self.accelerator.scaler)
+        if optimizer:
+            self.optimizer_step.load(trainable_parameters(self.model), optimizer)
         self.ema.attach(self.model)
-        self.metrics = MetricAccumulator(self.device, resumed.metric_sums)
-        self.shuffle_window = resumed.shuffle_window or config.data.shuffle_window or default_window(self.train_set)
+        self.metrics = MetricAccumulator(self.device, state["metric_sums"])
+        self.shuffle_window = state["shuffle_window"] or config.data.shuffle_window or default_window(self.train_set)
         self.stream = build_stream(config, self.train_set, self.dist, self.device, self.images_seen, self.shuffle_window)
         self.versions = get_versions()
         self.tracker: Tracker | None = None
-        self.image_writer: ImageWriter | None = None
-        on_failed, on_saved = partial(self._log_event, "checkpoint_failed"), None
+        on_saved = None
         if self.is_main_process:
             (config.run_dir / "config.yaml").write_text(to_yaml(config))
             metadata = {"versions": self.versions, "shards": self.train_set.fingerprint, "world_size": self.world_size}
-            self.tracker = create_tracker(config, self.stage, self.images_seen, resumed.wandb_id, metadata, self.terminal)
-            self.image_writer = ImageWriter(config.run_dir / "samples", self.tracker.log_image, on_failed)
-            on_saved = self.tracker.log_checkpoint
+            self.tracker = create_tracker(config, self.stage, self.images_seen, state["wandb_id"], metadata, self.terminal)
+            on_saved = self.tracker.logger.log_checkpoint
         keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+        on_failed = partial(self._log_event, "checkpoint_failed")
         self.writer = CheckpointWriter(config.run_dir, keep, keep_every, on_failed, on_saved)
         self.lock = lock  # only now, so that it is released if something above fails
         self.start_interval()
@@ -117,22 +116,16 @@ class Trainer:
                 self.progress_bar(),
                 compiling.report_compilation(self.terminal.set_status, self.watchdog.set_compiling),
             ):
-                self.start_interval()
                 with self.watchdog:
                     for batch in self.batches():
                         self.train_iteration(batch)
                         if self._should_stop():
                             break
                 self.writer.wait()
-                if self.image_writer:
-                    self.image_writer.wait()
         except Exception as error:
             self._log_event("failed", one_line(error))
-            if self.image_writer:
-                with contextlib.suppress(Exception):
-                    self.image_writer.wait()
             if self.tracker:
-                self.tracker.close(failed=True)
+                self.tracker.logger.close(failed=True)
             raise
         if self._should_stop():
             if self.signal_handler.preempted and self.is_main_process:
@@ -141,7 +134,7 @@ class Trainer:
         else:
             self._log_event("finished", "finished")
         if self.tracker:
-            self.tracker.close()
+            self.tracker.logger.close()
         self.accelerator.end_training()
         self.lock.release()
 
@@ -175,23 +168,27 @@ class Trainer:
         """Takes one optimizer step on a global batch. `batch` is this process's part of it."""
         metrics = self.compute_gradients(batch.images, self.random_inputs(batch), self.stage.schedule_values(self.images_seen))
         # Overlaps with the optimizer step.
-        reduction = AsyncAllReduce(metrics, {"stop": self.signal_handler.local_flag()}, self.world_size)
+        reduction = AsyncAllReduce(metrics | {"stop": self.signal_handler.local_flag()}, self.world_size)
         lr = learning_rate(self.config.optimizer, self.images_seen, self.config.train.images)
         grad_norm, is_taken = self.optimizer_step.step(lr, self.step_timer.record(sharding.fsdp_enabled()))
         metrics = reduction.wait()
         self.signal_handler.update(metrics.pop("stop"))
         self.stage.on_step_end(metrics, is_taken)
         self.ema.update(self.images_seen // self.batch_size + 1)
-        self.metrics.update(metrics | {"grad_norm": grad_norm}, is_taken, self.images_seen)
+        self.metrics.update(metrics | {"grad_norm": grad_norm}, is_taken)
         self.images_seen += self.batch_size
 
     def compute_gradients(self, images: Tensor, random_inputs: Tensors, schedule_values: tuple[Tensor, ...]) -> Tensors:
-        """Accumulates gradients over microbatches and averages them over processes; returns the means of the metrics."""
+        """Accumulates gradients over microbatches and averages them over processes.
+
+        Returns:
+            The metrics of this process; their sums over processes are the means over the global batch.
+        """
         num_microbatches = self.config.train.gradient_accumulation_steps
         size = len(images) // num_microbatches
         if self.config.train.compile == "cuda_graphs":
             torch.compiler.cudagraph_mark_step_begin()
-        means: tuple[Tensor, ...] = ()
+        sums: tuple[Tensor, ...] = ()
         for index in range(num_microbatches):
             part = slice(index * size, (index + 1) * size)
             inputs = {name: values[part] for name, values in random_inputs.items()}
@@ -200,9 +197,9 @@ class Trainer:
                 with self.accelerator.autocast(), self.step_timer.record(not sharding.fsdp_enabled()):
                     loss, metrics = self.forward(images[part], inputs, *schedule_values)
                 self.accelerator.backward(loss / num_microbatches)
-            values = torch._foreach_div(list(metrics.values()), num_microbatches)
-            means = torch._foreach_add(means, values) if means else tuple(values)
-        return dict(zip(metrics, means, strict=True))
+            values = torch._foreach_div(list(metrics.values()), num_microbatches * self.world_size)
+            sums = torch._foreach_add(sums, values) if sums else tuple(values)
+        return dict(zip(metrics, sums, strict=True))
 
     def random_inputs(self, batch: Batch) -> Tensors:
         """Returns this process's part of the random inputs of the global batch, which do not depend on the world size.
@@ -218,23 +215,23 @@ class Trainer:
         """Logs means over the steps since the last call. Other steps do not synchronize with the device."""
         start, images_before = self._interval_start
         stats = self.metrics.compute()
-        if stats.steps_skipped:
-            num_steps = stats.steps_skipped + stats.steps_taken
-            self._log_event("skipped_steps", f"{stats.steps_skipped} of {num_steps} steps skipped: {SKIP_REASON}")
-        if stats.consecutive_skips >= MAX_SKIPPED_STEPS:
+        taken, skipped, consecutive = (int(stats[name]) for name in (STEPS_TAKEN, STEPS_SKIPPED, CONSECUTIVE_SKIPS))
+        if skipped:
+            self._log_event("skipped_steps", f"{skipped} of {skipped + taken} steps skipped: {SKIP_REASON}")
+        if consecutive >= MAX_SKIPPED_STEPS:
             self.writer.wait()  # so that the newest checkpoint is complete
-            raise divergence_error(stats, self.stream, self.config.run_dir, self.is_main_process)
+            raise divergence_error(self.images_seen, consecutive, self.stream, self.config.run_dir, self.is_main_process)
         seconds = time.perf_counter() - start
         images_per_second = (self.images_seen - images_before) / seconds
         loading_fraction = self.stream.wait_seconds / seconds
         metrics: dict[str, float] = {}
         status = "all steps skipped"
-        if stats.steps_taken:
-            metrics, status = self.stage.format_metrics(stats.means, self.images_seen)
-            metrics["train/grad_norm"] = stats.means["grad_norm"]
+        if taken:
+            metrics, status = self.stage.format_metrics(stats, self.images_seen)
+            metrics["train/grad_norm"] = stats["grad_norm"]
         metrics |= {
             "train/lr": learning_rate(self.config.optimizer, self.images_seen, self.config.train.images),
-            "train/skipped_steps": stats.steps_skipped,
+            "train/skipped_steps": skipped,
             "train/epoch": self.images_seen / len(self.train_set),
             "perf/images_per_second": images_per_second,
             "perf/data_loading_fraction": loading_fraction,
@@ -263,14 +260,15 @@ class Trainer:
                 self._log_evaluation(self.stage.evaluate(model, self.test_set, batch, self.dist))
             if with_mixture and self.stage.fits_mixture:
                 self.watchdog.heartbeat(f"the fit of the mixture after {self.images_seen:,} images")
-                self.stage.fit_mixture(model, batch, self.dist)
+                num_images, seed = self.config.evaluate.prior_fit_images, self.config.seed
+                model.mixture = fit_prior(model, self.train_set, num_images, batch, seed, self.dist)
                 self.mixture_fitted_at = self.images_seen
-            if self.image_writer:
+            if self.tracker:
                 # Evaluations between two checkpoints draw no samples: the mixture is outdated.
                 with_samples = with_mixture or not with_metrics or not self.stage.fits_mixture
                 samples = self.config.evaluate.samples if with_samples else 0
                 grids = gallery.make_training_grids(model, self.test_set, samples, self.config.seed)
-                self.image_writer.write(self.images_seen, grids)
+                self.tracker.log_images(self.images_seen, grids)
         self.start_interval()
 
     def _log_evaluation(self, results: Mapping[str, float | list[float]]) -> None:
@@ -297,7 +295,7 @@ class Trainer:
         state = {
             "images_seen": self.images_seen,
             "processes": self.world_size,
-            "wandb_id": self.tracker.run_id if self.tracker else None,
+            "wandb_id": self.tracker.logger.run_id if self.tracker else None,
             "scaler": scaler.state_dict() if scaler else None,
             "shards": self.train_set.fingerprint,
             "shuffle_window": self.shuffle_window,

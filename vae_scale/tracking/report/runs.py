@@ -3,21 +3,17 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import yaml
-from PIL import Image
 
 from vae_scale.errors import UserError, one_line
 
-IMAGE_KINDS = ("samples", "reconstructions", "interpolations")
-MAX_IMAGES = 60  # embedded per kind, and evaluations in the chart of the KL per channel
+IMAGE_KINDS = ("samples", "reconstructions")
+MAX_IMAGES = 60  # embedded per kind
 T = TypeVar("T")
 
 
@@ -25,15 +21,12 @@ T = TypeVar("T")
 class Run:
     """The content of a run's folder."""
 
-    folder: Path
     name: str  # of the folder; its path if several runs have the same name
-    config: dict[str, str] = field(default_factory=dict)  # resolved options by dotted name
+    config: dict[str, str]  # resolved options by dotted name
+    events: list[dict[str, Any]]
+    images: dict[str, list[tuple[int, bytes]]]  # (images seen, PNG) by kind
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # (images seen, finite value) by metric
-    kl_per_channel: list[tuple[int, list[float]]] = field(default_factory=list)  # (images seen, nats)
-    images: dict[str, list[tuple[int, bytes]]] = field(default_factory=dict)  # (images seen, PNG) by kind
-    events: list[dict[str, Any]] = field(default_factory=list)
-    state: dict[str, Any] = field(default_factory=dict)  # state.json of the newest checkpoint
-    warnings: list[str] = field(default_factory=list)  # what is missing from the report, and why
+    lists: dict[str, list[float]] = field(default_factory=dict)  # newest value of the metrics that are lists
 
     @property
     def images_seen(self) -> int:
@@ -42,42 +35,38 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads runs. Files that cannot be read are listed in their `warnings`.
+    """Reads runs.
 
     Raises:
-        UserError: a folder is given twice, or is not the folder of a run.
+        UserError: a folder is given twice, is not the folder of a run, or holds a damaged file.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{', '.join(map(str, folders))}: give each run only once")
-    counts = Counter(folder.resolve().name for folder in folders)
+    names = [folder.resolve().name for folder in folders]
+    counts = Counter(names)
     runs = []
-    for folder in folders:
-        if not (folder / "metrics.jsonl").is_file():
-            raise UserError(f"{folder}: not the folder of a run, as it holds no metrics.jsonl")
-        name = folder.resolve().name
-        run = Run(folder, name if counts[name] == 1 else str(folder))
-        _read_metrics(run)
-        with _warn_on_error(run, "events.jsonl"):
-            run.events = _read_records(folder / "events.jsonl")
-        with _warn_on_error(run, "config.yaml"):
-            run.config = dict(_flatten(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))))
-        for checkpoint in _sort_by_images((folder / "checkpoints").glob("images_*"))[-1:]:
-            with _warn_on_error(run, f"checkpoints/{checkpoint.name}/state.json"):
-                run.state = dict(json.loads((checkpoint / "state.json").read_text("utf-8")))
-        for kind in IMAGE_KINDS:
-            _read_images(run, kind)
-        runs.append(run)
+    for folder, name in zip(folders, names, strict=True):
+        try:
+            runs.append(_read_run(folder, name if counts[name] == 1 else str(folder)))
+        except FileNotFoundError as error:
+            raise UserError(f"{folder}: not the folder of a run, as it holds no {Path(error.filename).name}") from None
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"{folder}: a file is damaged ({one_line(error):.200})") from None
     return runs
 
 
-@contextmanager
-def _warn_on_error(run: Run, name: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        run.warnings.append(f"{name}: missing")
-    except (OSError, ValueError, TypeError, AttributeError, SyntaxError, yaml.YAMLError) as error:
-        run.warnings.append(f"{name}: {one_line(error):.200}")
+def _read_run(folder: Path, name: str) -> Run:
+    records, events = _read_records(folder / "metrics.jsonl"), _read_records(folder / "events.jsonl")
+    config = dict(_flatten(yaml.safe_load((folder / "config.yaml").read_text("utf-8"))))
+    run = Run(name, config, events, {kind: _read_images(folder, kind) for kind in IMAGE_KINDS})
+    for record in records:
+        images_seen = record.pop("images")
+        for metric, value in record.items():
+            if isinstance(value, list):
+                run.lists[metric] = value
+            elif math.isfinite(value):
+                run.curves.setdefault(metric, []).append((images_seen, value))
+    return run
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -85,25 +74,10 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text("utf-8", "replace").splitlines():
         try:
-            records.append(json.loads(line))
+            records.append(dict(json.loads(line)))
         except ValueError:
             continue
-    return [record for record in records if isinstance(record, dict) and "images" in record]
-
-
-def _read_metrics(run: Run) -> None:
-    non_finite: Counter[str] = Counter()
-    for record in _read_records(run.folder / "metrics.jsonl"):
-        images = record.pop("images")
-        for metric, value in record.items():
-            if isinstance(value, list):
-                run.kl_per_channel.append((images, value))
-            elif math.isfinite(value):
-                run.curves.setdefault(metric, []).append((images, value))
-            else:
-                non_finite[metric] += 1
-    run.kl_per_channel = evenly_spaced(run.kl_per_channel, MAX_IMAGES)
-    run.warnings += [f"metrics.jsonl: {count:,} values of {metric} are not finite" for metric, count in non_finite.items()]
+    return records
 
 
 def _flatten(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -114,21 +88,13 @@ def _flatten(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _read_images(run: Run, kind: str) -> None:
-    run.images[kind] = []
-    for path in evenly_spaced(_sort_by_images((run.folder / "samples").glob(f"{kind}_*.png")), MAX_IMAGES):
-        with _warn_on_error(run, f"samples/{path.name}"):
-            images_seen, content = int(path.stem.rpartition("_")[2]), path.read_bytes()
-            Image.open(BytesIO(content)).verify()
-            run.images[kind].append((images_seen, content))
-
-
-def _sort_by_images(paths: Iterable[Path]) -> list[Path]:
-    """Returns paths that end in zero-padded numbers of images, in order."""
-    return sorted(paths, key=lambda path: (len(path.name), path.name))
+def _read_images(folder: Path, kind: str) -> list[tuple[int, bytes]]:
+    paths = sorted((folder / "samples").glob(f"{kind}_*.png"), key=lambda path: (len(path.name), path.name))
+    return [(int(path.stem.rpartition("_")[2]), path.read_bytes()) for path in evenly_spaced(paths, MAX_IMAGES)]
 
 
 def evenly_spaced(items: Sequence[T], max_items: int) -> list[T]:
     """Returns at most `max_items` items, evenly spaced, with the first and the last."""
-    indices = np.linspace(0, len(items) - 1, min(len(items), max_items)).round().astype(int)
-    return [items[index] for index in indices]
+    if len(items) <= max_items:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (max_items - 1))] for index in range(max_items)]
