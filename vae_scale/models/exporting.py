@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import io
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +129,9 @@ def _remove_unused(program: ExportedProgram) -> None:
 def _save_program(program: ExportedProgram, path: Path) -> Function:
     buffer = io.BytesIO()  # torch.export.save reports a full disk without the file name
     torch.export.save(program, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        if any(entry.file_size and entry.filename.endswith(".pt") for entry in archive.infolist()):
+            raise UserError(f"torch {torch.__version__} would pickle the weights; update torch, or use --format onnx")
     path.write_bytes(buffer.getbuffer())
     return program.module()
 
