@@ -55,7 +55,7 @@ class VAEConfig:
 
     Attributes:
         preset: Defaults for the options of this section: tiny, small, base, large, hierarchical, kl or seed_notebook.
-        network: resnet, hierarchical (several layers of latents), kl (AutoencoderKL of diffusers) or seed_notebook.
+        network: resnet, hierarchical (several layers of latents), kl (AutoencoderKL; extra diffusers) or seed_notebook.
         patch_size: Side in pixels of the patches that the first layer folds into channels (space to depth).
         width: Channels at the finest level.
         channel_mult: Channels of each level, as multiples of `width`. Each level halves the resolution of the previous one.
