@@ -32,7 +32,7 @@ from fuzzing import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vae_scale.data.shard_file import iter_members, map_shard
+from vae_scale.data.shard_file import Layout, iter_members, map_shard
 from vae_scale.data.shards import ShardSet
 from vae_scale.models.vae import VAE
 from vae_scale.pack import main as pack
@@ -256,5 +256,5 @@ def test_corrupted_foreign_tars_are_indexed_or_rejected(tmp_path: Path, data: st
 def test_mapped_rows_are_the_packed_images(packed: dict[str, Path]) -> None:
     path = packed["npy"] / "stl10-train-000000.tar"
     with path.open("rb") as file:
-        assert np.array_equal(map_shard(file, 2, (96, 96, 3)), discs(3, 1)[:2])
+        assert np.array_equal(map_shard(file, 2, Layout((96, 96, 3))), discs(3, 1)[:2])
         assert len(list(iter_members(file))) == 4

@@ -213,22 +213,20 @@ def _encoded_tar(keys: Sequence[str], labels: Sequence[int], images: Images, enc
     return content.getbuffer()
 
 
-def map_shard(file: BufferedReader, samples: int, shape: tuple[int, int, int]) -> Images:
-    """Memory-maps the images of a shard of encoding npy: uint8 [samples, H, W, 3].
+def map_shard(file: BufferedReader, samples: int, layout: Layout) -> npt.NDArray[Any]:
+    """Memory-maps the samples of a shard of encoding npy: [samples, *layout.shape].
 
     Raises:
-        ValueError: The layout is not that of `samples` images of this shape.
+        ValueError: The file does not have this layout or number of samples.
     """
-    layout = Layout(shape)
     header, offset, stride = layout.npy_header, layout.offset, layout.stride
     content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     for row in (0, samples - 1):
         begin = row * stride + offset
         if content[begin - len(header) : begin] != header:
             raise ValueError(f"sample {row} is not at its position")
-    strides = (stride, shape[1] * shape[2], shape[2], 1)
-    images: Images = np.ndarray((samples, *shape), np.uint8, content, offset, strides)
-    return images
+    strides = (stride, *np.empty(layout.shape, layout.dtype).strides)
+    return np.ndarray((samples, *layout.shape), layout.dtype, content, offset, strides)
 
 
 # More decoding threads than cores would compete for the interpreter lock.

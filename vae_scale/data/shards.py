@@ -207,7 +207,7 @@ class ShardSet:
         try:
             with self.storage.open(shard) as file:
                 if self.encoding == "npy":
-                    return map_shard(file, shard.samples, self.image_shape)
+                    return map_shard(file, shard.samples, Layout(self.image_shape))
                 return decode_shard(file, shard.samples, self.image_shape, self.resize)
         except ValueError as error:
             raise ShardReadError(f"{self.location_of(shard)}: {error}; copy or pack it again") from None

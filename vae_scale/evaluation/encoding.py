@@ -24,18 +24,16 @@ from vae_scale.data.parts import (
     write_manifests,
 )
 from vae_scale.data.reader import Reader
-from vae_scale.data.shard_file import FORMAT_VERSION, Layout, shard_name
+from vae_scale.data.shard_file import FORMAT_VERSION, Layout, map_shard, shard_name
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import normalize_images, to_device
 from vae_scale.errors import UserError
-from vae_scale.evaluation.latents import measure_latents
 from vae_scale.models.vae import VAE
 from vae_scale.runtime import compiling
 from vae_scale.runtime.distributed import SINGLE_PROCESS, DistContext
 
 NAME = "latents"  # prefix of the shard names
 PLANES = ["mean", "log_variance"]
-NORM_IMAGES = 10_000  # maximum number of images on which the normalization is measured
 WORKERS = 2  # threads that write shards, and verify existing ones when resuming
 
 Latents = npt.NDArray[np.float32]
@@ -63,7 +61,7 @@ def encode_shards(
         out: Created if missing. All processes must see the same folder.
         batch_size: Images per batch and process.
         provenance: Further entries of the manifest that identify the origin of the latents.
-        norm_splits: Splits on which `shift` and `scale` are measured (see `latents.measure_latents`).
+        norm_splits: Splits over which `shift` and `scale` are computed, as defined by `latents.measure_latents`.
         dist: The processes that share the work.
         compiled: Whether to use torch.compile.
 
@@ -107,27 +105,9 @@ def encode_shards(
     bar = tqdm(total=total, unit=" images", unit_scale=True, desc=f"encoding {out}", disable=dist.rank > 0)
     with Reader(shards) as reader, bar, compiling.report_compilation(bar.set_postfix_str):
         write_shards(splits, jobs, out, part, header, WORKERS, bar)
-    measured_on = [split for split in shards.splits if split in norm_splits]
-    normalization: dict[str, list[float] | None] = {"shift": None, "scale": None}
-    if measured_on:
-        moments = measure_latents(model, shards.select(*measured_on), NORM_IMAGES, batch_size, dist)
-        normalization = {key: value.flatten().tolist() for key, value in zip(normalization, moments, strict=True)}
     dist.all_reduce_sum(torch.zeros((), device=device))  # waits until all shards are written
     if dist.rank == 0:
-        description: dict[str, Any] = {
-            "version": FORMAT_VERSION,
-            "content": NAME,
-            "encoding": "npy",
-            "dtype": layout.dtype,
-            "shape": layout.shape,
-            "planes": PLANES,
-            "stride": layout.stride,
-            "offset": layout.offset,
-            **normalization,
-            "measured_on": measured_on,
-            **header["vae_scale"],
-        }
-        _write_manifests(out, jobs, dist.world_size, header, description)
+        _write_manifests(out, jobs, dist.world_size, header, layout, norm_splits)
     return True
 
 
@@ -171,7 +151,24 @@ def _list_splits(
     return list(splits.values()), jobs
 
 
-def _write_manifests(out: Path, jobs: list[ShardJob], parts: int, header: JournalHeader, description: dict[str, Any]) -> None:
+def _normalization(out: Path, records: list[ShardRecord], layout: Layout) -> dict[str, list[float] | None]:
+    """Returns shift and scale = sqrt(var(mean) + E[sigma^2]) of each channel, over all latents of shards."""
+    if not records:
+        return {"shift": None, "scale": None}
+    sums, count = np.zeros((3, layout.shape[1])), 0
+    for record in records:
+        with (out / record["url"]).open("rb") as file:
+            mean, log_variance = map_shard(file, record["nsamples"], layout).swapaxes(0, 1)
+        sums += [term.sum((0, 2, 3), dtype=np.float64) for term in (mean, np.square(mean), np.exp(log_variance))]
+        count += mean[:, 0].size
+    shift, mean_square, variance = sums / count
+    scale = np.sqrt(np.maximum(mean_square - np.square(shift) + variance, 1e-12))
+    return {"shift": shift.tolist(), "scale": scale.tolist()}
+
+
+def _write_manifests(
+    out: Path, jobs: list[ShardJob], parts: int, header: JournalHeader, layout: Layout, norm_splits: Sequence[str]
+) -> None:
     """Combines the journals of all processes into the manifests."""
     by_url: dict[str, ShardRecord] = {}
     for part, journal in read_journals(out, header).items():
@@ -180,6 +177,20 @@ def _write_manifests(out: Path, jobs: list[ShardJob], parts: int, header: Journa
     if missing := [job.url for job in jobs if job.url not in by_url]:
         raise UserError(f"{out / missing[0]}: missing; all processes must use the same folder")
     records = [by_url[job.url] for job in jobs]
+    norm_records = [record for record in records if record["split"] in norm_splits]
+    description: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "content": NAME,
+        "encoding": "npy",
+        "dtype": layout.dtype,
+        "shape": layout.shape,
+        "planes": PLANES,
+        "stride": layout.stride,
+        "offset": layout.offset,
+        **_normalization(out, norm_records, layout),
+        "measured_on": list(dict.fromkeys(record["split"] for record in norm_records)),
+        **header["vae_scale"],
+    }
     keys = {"pixels_sha256": "latents_sha256"}
     entries = [{keys.get(key, key): value for key, value in record.items()} for record in records]
     write_manifests(out, NAME, entries, description)
