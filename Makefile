@@ -22,10 +22,10 @@ demo: $(VENV)/demo
 	@echo "Reconstructions:   $(DEMO)/reconstructions.png"
 	@echo "As it learned:     $(DEMO)/samples/"
 
-# Minutes of CPU for each way to generate images, on photographs in STL-10's binary layout.
+# Compares ways to generate images after equal compute; MINUTES of CPU (of a GPU, if there is one) for each.
 quality: $(VENV)/quality
-	@test -n "$(PHOTOS)" || { echo "error: make quality PHOTOS=DIR, a folder of binaries in STL-10's layout" >&2; exit 2; }
-	$(BIN)/python tests/benchmarks/quality.py --photos "$(PHOTOS)" --cpu-minutes $(MINUTES)
+	@test -n "$(SHARDS)" || { echo "error: make quality SHARDS=DIR, a folder of packed images" >&2; exit 2; }
+	$(BIN)/python tests/benchmarks/quality.py --shards "$(SHARDS)" --minutes $(MINUTES)
 
 # Kills runs again and again and checks that nothing is lost; half an hour or more.
 soak: $(VENV)/dev

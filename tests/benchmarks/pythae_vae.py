@@ -5,26 +5,27 @@
 trains on IMAGES images.
 """
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from quality_methods import BATCH, Row, batches
+from quality_methods import BATCH, Row, training_splits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Subset
 
+from vae_scale.config.options import EvaluateConfig
+from vae_scale.data.images import Rows
 from vae_scale.data.shards import ShardSet
-from vae_scale.models.likelihoods import LEVELS, bits_per_dim
 
 PYTHAE_LATENT = 64  # as in its CelebA benchmark
 PYTHAE_BATCH = 64  # its default
 # Its CelebA configuration uses 1e-4 for 50 epochs of 160,000 images. With few steps, 1e-3 is better: after 1,280 photographs
 # the loss was 910 instead of 923 nats, and the latents did not collapse.
 PYTHAE_LR = 1e-3
+PRIOR_FIT_IMAGES = EvaluateConfig().prior_fit_images  # as many as for the mixture of `vae_scale.train`
 
 
 def pythae_model(side: int) -> Any:
@@ -51,7 +52,12 @@ def pythae_model(side: int) -> Any:
     return PythaeVAE(config, encoder=encoder, decoder=decoder)
 
 
-def train_pythae(shards: Path, run: Path, images: int, seed: int) -> None:
+def load_photos(shards: ShardSet, rows: Rows) -> Tensor:
+    """Returns images in [0, 1]: [n, 3, h, w]."""
+    return torch.from_numpy(shards.load_images(rows)).permute(0, 3, 1, 2) / 255
+
+
+def train_pythae(location: str, run: Path, images: int, seed: int) -> None:
     """Trains on `images` images with pythae's trainer and fits its sampler."""
     from pythae.data.preprocessors import DataProcessor
     from pythae.samplers import GaussianMixtureSampler, GaussianMixtureSamplerConfig
@@ -59,11 +65,12 @@ def train_pythae(shards: Path, run: Path, images: int, seed: int) -> None:
 
     torch.manual_seed(seed)
     np.random.seed(seed)  # used by scikit-learn
-    train_set = ShardSet.open(shards).select("train", "unlabeled")
-    photos = torch.from_numpy(train_set.load_images(np.arange(len(train_set)))).permute(0, 3, 1, 2) / 255
-    model = pythae_model(photos.shape[-1])
+    shards = ShardSet.open(location)
+    train_set = shards.select(*training_splits(shards))
     # One epoch over several permutations, so that the number of images need not be a multiple of the set.
-    rows = list(RandomSampler(range(len(photos)), num_samples=images))
+    rows, positions = np.unique(list(RandomSampler(range(len(train_set)), num_samples=images)), return_inverse=True)
+    photos = load_photos(train_set, rows)
+    model = pythae_model(photos.shape[-1])
     config = BaseTrainerConfig(
         output_dir=str(run / "pythae"),
         num_epochs=1,
@@ -71,9 +78,11 @@ def train_pythae(shards: Path, run: Path, images: int, seed: int) -> None:
         per_device_train_batch_size=PYTHAE_BATCH,
         seed=seed,
     )
-    BaseTrainer(model, Subset(DataProcessor.to_dataset(photos), rows), training_config=config).train()
+    dataset = Subset(DataProcessor.to_dataset(photos), positions.tolist())
+    BaseTrainer(model, dataset, training_config=config).train()
     sampler = GaussianMixtureSampler(model, GaussianMixtureSamplerConfig(n_components=10))
-    sampler.fit(photos)
+    count = min(len(train_set), PRIOR_FIT_IMAGES)
+    sampler.fit(load_photos(train_set, np.linspace(0, len(train_set) - 1, count).astype(np.int64)))
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, run / "model.safetensors")
     mixture = {name: getattr(sampler.gmm, name) for name in ("weights_", "means_", "covariances_")}
     save_file({name: torch.from_numpy(array) for name, array in mixture.items()}, run / "mixture.safetensors")
@@ -94,25 +103,18 @@ class Pythae:
             setattr(self.sampler.gmm, name, tensor.numpy())
         self.sampler.is_fitted = True
 
-    def sample(self, num: int, row: Row, seed: int) -> Tensor:
-        self.sampler.gmm.random_state = np.random.RandomState(seed)
-        order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))  # scikit-learn sorts by component
-        return self.sampler.sample(num, batch_size=BATCH).cpu()[order] * 2 - 1
+    def sample(self, indices: range, row: Row, seed: int) -> Tensor:
+        """Samples from the mixture, with random numbers that depend on the first index."""
+        self.sampler.gmm.random_state = np.random.RandomState([seed, indices.start])
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(indices), generator=generator)  # scikit-learn sorts by component
+        return self.sampler.sample(len(indices), batch_size=BATCH).cpu()[order] * 2 - 1
 
     def reconstruct(self, images: Tensor) -> Tensor:
+        """Decodes the mean of the posterior of each image."""
         encoded = self.model.encoder((images + 1) / 2)
         return self.model.decoder(encoded.embedding).reconstruction * 2 - 1
 
-    def bits_per_dim(self, held_out: ShardSet, seed: int) -> float | None:
-        """Adds the normalizing constant, in grey levels, to its loss, the energy of N(x; y, 1) for images in [0, 1]."""
-        torch.manual_seed(seed)
-        photos = held_out.load_images(np.arange(len(held_out)))
-        dimensions = photos[0].size
-        nats = dimensions * (0.5 * math.log(2 * math.pi) + math.log(LEVELS - 1))
-        for part in batches(photos):
-            nats += float(self.model({"data": (part + 1) / 2}).loss) * len(part) / len(photos)
-        return bits_per_dim(nats, dimensions)
-
 
 if __name__ == "__main__":
-    train_pythae(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    train_pythae(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,103 +1,171 @@
-"""The methods that `quality.py` compares, and their trained models."""
+"""The methods that `quality.py` compares: their training stages and the rows of the table."""
 
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from vae_scale.config.parsing import parse
 from vae_scale.data.images import Images
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
-from vae_scale.evaluation.evaluator import evaluate
-from vae_scale.models.vae import VAE
-from vae_scale.runtime import checkpoint
+from vae_scale.models.vae import Prior, SamplingConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 64  # batch size of evaluation
+HELD_OUT = "test"  # the split of the held-out images
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEFAULT_SAMPLING = SamplingConfig()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run: `options` of `vae_scale.train`, or () for pythae's trainer; {folder} is the folder of the method."""
+    """One training run.
+
+    Attributes:
+        name: Name in `--variant` and `--stages`.
+        options: Options of `vae_scale.train`, or () for pythae's trainer; {earlier} is the run of the earlier stage.
+        share: Share of the method's budget.
+    """
 
     name: str
     options: tuple[str, ...] = ()
-    share: float = 1.0  # of the budget
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: samples from a prior of a stage."""
+    """A row of the table: samples from a prior of a stage, given by its index."""
 
     name: str
-    method: str
-    prior: str
-    stage: int = -1
-    temperature: float = 1.0
-
-
-NOTEBOOK = ("--config=configs/seed_notebook.yaml",)
-RESNET = ("--config=configs/small.yaml",)
-PRIOR = ("--config=configs/small_prior.yaml", "--prior.vae={folder}/vae")
-HIERARCHICAL = ("--config=configs/small_hierarchical.yaml",)
-
-METHODS: dict[str, tuple[Stage, ...]] = {
-    "notebook": (Stage("vae", NOTEBOOK),),
-    "resnet": (Stage("vae", RESNET, 0.35), Stage("flow", PRIOR, 0.65)),
-    "pythae": (Stage("vae"),),
-    "hierarchical": (Stage("vae", HIERARCHICAL),),
-}
-ROWS = (
-    Row("seed notebook, N(0,I)", "notebook", "normal"),
-    Row("pythae VAE, its GMM sampler", "pythae", "gmm"),
-    Row("ResNet VAE, N(0,I)", "resnet", "normal", stage=0),
-    Row("ResNet VAE, mixture", "resnet", "gmm", stage=0),
-    Row("ResNet VAE, flow", "resnet", "flow"),
-    Row("hierarchical VAE", "hierarchical", "normal"),
-    Row("hierarchical VAE, temperature 0.8", "hierarchical", "normal", temperature=0.8),
-)
-PEERS = ("notebook", "pythae")
+    prior: Prior
+    stage: int = 0
+    sampling: SamplingConfig = DEFAULT_SAMPLING
 
 
 @dataclass(frozen=True)
-class Study:
-    """Settings common to all methods."""
+class Method:
+    """Stages that are trained one after the other, and the rows of their samples."""
 
-    out: Path
-    seed: int
-    budget: float  # seconds
-    jobs: int
-
-    @property
-    def shards(self) -> Path:
-        return self.out / "shards"
-
-    def folder(self, method: str, stage: int = -1) -> Path:
-        """Returns the run folder of a stage, by default the last."""
-        return self.out / method / METHODS[method][stage].name
+    name: str
+    stages: tuple[Stage, ...]
+    rows: tuple[Row, ...]
 
 
-class TrainedRun:
-    """The EMA weights of a run, for images in [-1, 1]."""
-
-    def __init__(self, run: Path) -> None:
-        folder = checkpoint.newest_checkpoint(run)
-        if folder is None:
-            raise UserError(f"{run}: has no checkpoint")
-        self.model = VAE.from_pretrained(folder, "ema.safetensors").to(DEVICE)
-
-    def sample(self, num: int, row: Row, seed: int) -> Tensor:
-        return self.model.sample(num, seed, row.temperature, BATCH, row.prior)  # type: ignore[arg-type]
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        return self.model.reconstruct(images)
-
-    def bits_per_dim(self, held_out: ShardSet, seed: int) -> float | None:
-        return evaluate(self.model, held_out, len(held_out), BATCH, seed).get("bits_per_dim")
+def _config(name: str) -> str:
+    return f"--config={CONFIGS / name}"
 
 
-def batches(images: Images) -> list[Tensor]:
+VAE_STAGE = Stage("vae", (_config("small.yaml"),), 0.35)
+FLOW_STAGE = Stage("flow", (_config("small_prior.yaml"), "--prior.vae={earlier}"), 0.65)
+METHODS = {
+    "notebook": Method(
+        "notebook",
+        (Stage("notebook", (_config("seed_notebook.yaml"),)),),
+        (Row("seed notebook, N(0, I)", "normal"),),
+    ),
+    "pythae": Method("pythae", (Stage("pythae"),), (Row("pythae's VAE, its GMM sampler", "gmm"),)),
+    "ours": Method("ours", (VAE_STAGE, FLOW_STAGE), (Row("ours, mixture", "gmm"), Row("ours, flow", "flow", 1))),
+}
+PEERS = ("notebook", "pythae")
+
+
+def select_methods(names: Sequence[str], variants: Sequence[str], stages: Sequence[str] | None = None) -> list[Method]:
+    """Returns the methods with these names, followed by the variants of `ours`.
+
+    Args:
+        names: Keys of `METHODS`.
+        variants: Texts "STAGE OPTIONS"; see `parse_variant`.
+        stages: Names of the stages to which `ours` and its variants are limited; None for all.
+
+    Raises:
+        UserError: A name, a stage or an option is unknown.
+    """
+    if unknown := [name for name in names if name not in METHODS]:
+        raise UserError(f"--methods {','.join(unknown)}: unknown; choose from {', '.join(METHODS)}")
+    ours = limit_stages(METHODS["ours"], stages)
+    methods = [ours if name == "ours" else METHODS[name] for name in names]
+    methods += [parse_variant(text, ours) for text in variants]
+    if not methods:
+        raise UserError("--methods names no method")
+    if len({method.name for method in methods}) < len(methods):
+        raise UserError("--methods and --variant name a method twice")
+    return methods
+
+
+def limit_stages(method: Method, names: Sequence[str] | None) -> Method:
+    """Returns the method with only its first stages, which must be those with the given names."""
+    if names is None:
+        return method
+    stages = method.stages[: len(names)]
+    if not names or tuple(names) != tuple(stage.name for stage in stages):
+        available = ",".join(stage.name for stage in method.stages)
+        raise UserError(f"--stages {','.join(names)}: must be the first of {available}")
+    return dataclasses.replace(method, stages=stages, rows=tuple(row for row in method.rows if row.stage < len(stages)))
+
+
+def parse_variant(text: str, method: Method) -> Method:
+    """Returns a variant of a method, with a single row: samples of its last stage.
+
+    Args:
+        text: "STAGE OPTIONS" appends options of `vae_scale.train` to a stage. "sample OPTIONS" changes the sampling from the
+            flow prior.
+        method: The method.
+
+    Raises:
+        UserError: The stage or an option is unknown.
+    """
+    try:
+        name, *options = shlex.split(text) or [""]
+        row = dataclasses.replace(method.rows[-1], name=text)
+        if name == "sample":
+            if row.prior != "flow":
+                raise UserError("requires the stage flow")
+            return Method(text, method.stages, (dataclasses.replace(row, sampling=parse_sampling(options)),))
+        names = [stage.name for stage in method.stages]
+        if name not in names:
+            raise UserError(f"unknown stage {name!r}; choose from {', '.join([*names, 'sample'])}")
+        index = names.index(name)
+        stage = dataclasses.replace(method.stages[index], options=(*method.stages[index].options, *options))
+        parse(stage.options)
+    except (UserError, ValueError) as error:
+        raise UserError(f"--variant {text!r}: {error}") from None
+    return Method(text, (*method.stages[:index], stage, *method.stages[index + 1 :]), (row,))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse_sampling(options: Sequence[str]) -> SamplingConfig:
+    """Returns the options of sampling from the flow prior.
+
+    Raises:
+        UserError: An option is unknown or invalid.
+    """
+    default, parser = DEFAULT_SAMPLING, _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=default.steps)
+    parser.add_argument("--solver", choices=["euler", "heun"], default=default.solver)
+    parser.add_argument("--guidance", type=float, default=default.guidance)
+    args = parser.parse_args(options)
+    if args.steps < 1:
+        raise UserError(f"--steps is {args.steps}; it must be at least 1")
+    return SamplingConfig(**vars(args))
+
+
+def training_splits(shards: ShardSet) -> list[str]:
+    """Returns the names of all splits except the held-out one."""
+    return [name for name in shards.splits if name != HELD_OUT]
+
+
+def to_batches(images: Images) -> list[Tensor]:
     """Returns batches in [-1, 1] on the device."""
     return [normalize_images(part).to(DEVICE) for part in torch.from_numpy(images).split(BATCH)]

@@ -1,75 +1,71 @@
-"""The metrics with which `quality.py` compares methods."""
+"""The metrics with which `quality.py` compares sets of features."""
 
-import json
-from typing import Any
-
-import numpy as np
 import torch
-from pythae_vae import Pythae
-from quality_methods import BATCH, DEVICE, METHODS, ROWS, Study, TrainedRun, batches
 from torch import Tensor
-from tqdm import tqdm
 
-from vae_scale.data.images import Images
-from vae_scale.data.shards import ShardSet
-from vae_scale.evaluation.features import load_extractor
 from vae_scale.evaluation.frechet import frechet_distance
-from vae_scale.evaluation.image_grids import to_uint8
-from vae_scale.evaluation.reconstruction import psnr
+from vae_scale.evaluation.neighbours import CHUNK, compute_prdc
 
-NUM_PICTURED = 10  # samples of each row for the figure
-Rows = list[dict[str, Any]]
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # (Binkowski et al., 2018, sec. 4)
 
 
-class DistanceTo:
-    """The Frechet distance to the held-out photographs, with features of EfficientNet-Lite0."""
+def squared_mmd(first: Tensor, second: Tensor) -> float:
+    """Returns the unbiased estimate of the squared MMD of two sets of features, [n, d] each, with the cubic polynomial kernel.
 
-    def __init__(self, held_out: Images) -> None:
-        self.extractor = load_extractor("efficientnet_lite0", DEVICE)
-        self.held_out = self._features(held_out)
+    See Binkowski et al. (2018), eq. 4, and Gretton et al. (2012), eq. 4. The kernel is (x y / d + 1)^3.
+    """
+    n, dimensions = first.shape
 
-    def _features(self, images: Images) -> Tensor:
-        return torch.cat([self.extractor(part.to(DEVICE)) for part in torch.from_numpy(images).split(BATCH)])
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return ((x @ y.T).double() / dimensions + 1) ** 3
 
-    def __call__(self, images: Images) -> float:
-        return frechet_distance(self._features(images), self.held_out)
-
-
-@torch.inference_mode()
-def measure(study: Study, methods: list[str]) -> tuple[Rows, list[tuple[str, Images]]]:
-    """Returns the rows of the table, starting with the training photographs, and the images of the figure."""
-    shards = ShardSet.open(study.shards)
-    held_out_set, train_set = shards.select("test"), shards.select("train", "unlabeled")
-    held_out = held_out_set.load_images(np.arange(len(held_out_set)))
-    distance, count = DistanceTo(held_out), len(held_out)
-    train_images = train_set.load_images(np.linspace(0, len(train_set) - 1, count).astype(np.int64))
-    rows: Rows = [{"name": "training photographs", "method": None, "distance": distance(train_images)}]
-    pictures = [("held-out photographs", held_out[:NUM_PICTURED])]
-    for method in tqdm(methods, "evaluating"):
-        folder = study.folder(method)
-        model = Pythae(folder, held_out.shape[1]) if method == "pythae" else TrainedRun(folder)
-        pairs = [(batch, model.reconstruct(batch)) for batch in batches(held_out)]
-        reconstructions = torch.cat([to_uint8(rebuilt) for _, rebuilt in pairs]).cpu().numpy()
-        measured = {
-            "psnr": float(torch.cat([psnr(images, rebuilt) for images, rebuilt in pairs]).mean()),
-            "bits_per_dim": model.bits_per_dim(held_out_set, study.seed),
-            "distance_of_reconstructions": distance(reconstructions),
-        }
-        records = [json.loads((study.folder(method, n) / "stage.json").read_text()) for n in range(len(METHODS[method]))]
-        for row in ROWS:
-            if row.method == method:
-                samples = to_uint8(model.sample(count, row, study.seed)).cpu().numpy()
-                stages = records[: row.stage + 1] if row.stage >= 0 else records
-                minutes = sum(stage["seconds"] for stage in stages) / 60
-                cost = {"minutes": minutes, "images": sum(stage["images"] for stage in stages)}
-                rows.append({"name": row.name, "method": method, **cost, **measured, "distance": distance(samples)})
-                pictures.append((row.name, samples[:NUM_PICTURED]))
-    if notebook := min_distance(rows, "notebook"):
-        for row in rows:
-            row["over_notebook"] = row["distance"] / notebook
-    return rows, pictures
+    within = sum(k.sum() - k.trace() for k in (kernel(first, first), kernel(second, second)))
+    return float(within / (n * (n - 1)) - 2 * kernel(first, second).mean())
 
 
-def min_distance(rows: Rows, *methods: str) -> float | None:
-    """Returns the smallest distance of the given methods, or None."""
-    return min((row["distance"] for row in rows if row["method"] in methods), default=None)
+def kernel_distance(first: Tensor, second: Tensor, seed: int = 0) -> tuple[float, float]:
+    """Returns the Kernel Inception Distance of two sets of features, [n, d] and [m, d], and its standard error.
+
+    Both are computed from random subsets of at most 1,000 and at most half of the features (Binkowski et al., 2018, sec. 4).
+    """
+    size = max(2, min(KID_SUBSET_SIZE, len(first) // 2, len(second) // 2))
+    generator = torch.Generator().manual_seed(seed)
+
+    def subset(features: Tensor) -> Tensor:
+        return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
+
+    values = torch.tensor([squared_mmd(subset(first), subset(second)) for _ in range(KID_SUBSETS)], dtype=torch.float64)
+    return float(values.mean()), float(values.std() / KID_SUBSETS**0.5)
+
+
+def nearest_distances(features: Tensor, reference: Tensor) -> Tensor:
+    """Returns the distance of each of the features [n, d] to the nearest of the reference [m, d]: [n]."""
+    mean = reference.double().mean(0)
+    features, reference = features.double() - mean, reference.double() - mean
+    near = [torch.cdist(part, reference).min(1).indices for part in features.split(CHUNK)]
+    # The matrix products of cdist have rounding errors, which exceed the distances of copies.
+    return (features - reference[torch.cat(near)]).norm(dim=1)
+
+
+def probability_nearer(distances: Tensor, held_out_distances: Tensor) -> float:
+    """Returns the probability that a random sample is nearer to the training images than a random held-out image.
+
+    Args:
+        distances: Distance of each sample to its nearest training image, [n].
+        held_out_distances: Distance of each held-out image to its nearest training image, [m].
+
+    Returns:
+        The Mann-Whitney statistic divided by n m, in which a tie counts one half: 0.5 for new images of the same
+        distribution, towards 1 for copies.
+    """
+    ordered = held_out_distances.sort().values
+    smaller = torch.searchsorted(ordered, distances)  # held-out images that are nearer than the sample
+    not_larger = torch.searchsorted(ordered, distances, right=True)
+    return 1 - float((smaller + not_larger).double().mean()) / (2 * len(ordered))
+
+
+def compare(features: Tensor, held_out: Tensor) -> dict[str, float]:
+    """Returns the metrics of features against those of held-out images, [n, d] and [m, d]."""
+    kid, error = kernel_distance(features, held_out)
+    values = {"gfd": frechet_distance(features, held_out), "kid": 1000 * kid, "kid_error": 1000 * error}
+    return values | compute_prdc(held_out, features)
