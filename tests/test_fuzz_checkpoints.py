@@ -106,7 +106,7 @@ def test_model_configs_of_excessive_size_take_no_memory(model: VAE, tmp_path: Pa
         (tmp_path / "config.json").write_text(json.dumps(values))
         message = expect_user_error(lambda: VAE.from_pretrained(tmp_path), tmp_path)
         assert len(message) < 1000
-    flow = {"flow": {"width": 2**16, "depth": 9, "patch_size": 1}, "classes": []}
+    flow = {"flow": {"width": 2**16, "depth": 9}, "classes": []}
     (tmp_path / "config.json").write_text(json.dumps(model.to_config() | flow))
     expect_user_error(lambda: VAE.from_pretrained(tmp_path), tmp_path)
 

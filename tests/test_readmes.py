@@ -66,7 +66,7 @@ SUBSTITUTIONS = [
     (r"(vae_scale\.(train|bench (train|step)) .*)", r"\1 SMALL"),
 ]
 SMALL = [*TINY, "--train.images=24", "--evaluate.images=12", "--evaluate.prior_fit_images=24", "--track.tracker=none",
-         "--prior.width=64", "--prior.depth=1"]  # fmt: skip
+         "--prior.width=32", "--prior.depth=1"]  # fmt: skip
 
 # Patterns of commands that are not run here: test file, text in it, and reason.
 TESTED_ELSEWHERE = {

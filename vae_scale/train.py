@@ -46,7 +46,7 @@ def _print_description(config: Config) -> None:
     else:
         model = VAE.from_pretrained(require_checkpoint(config.prior.vae, "prior.vae"), "ema.safetensors")
         config.model = model.config
-        trained = model.add_flow(config.prior.width, config.prior.depth, config.prior.patch_size, shards.class_names)
+        trained = model.add_flow(config.prior.width, config.prior.depth, shards.class_names)
     parameters = sum(parameter.numel() for parameter in trained.parameters())
     memory = 5 * 4 * parameters / 2**20  # weights, averaged weights, gradients and two moments in fp32
     if config.train.batch_size != "auto":

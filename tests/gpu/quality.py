@@ -95,7 +95,7 @@ def options(name: str, settings: Settings, purpose: str = "quality") -> list[str
     words += [f"--{key}={NEVER}" for key in ("train.log_every", "train.images", "evaluate.every", "checkpoint.every")]
     if name == FLOW:
         words += [f"--prior.vae={settings.scratch / f'{purpose}_{VAE}'}", "--optimizer.lr=0.0005", "--train.ema_decay=0.995"]
-        return [*words, *(["--prior.width=64", "--prior.depth=1", "--prior.patch_size=2"] if settings.rehearse else [])]
+        return [*words, *(["--prior.width=32", "--prior.depth=1"] if settings.rehearse else [])]
     words += ["--optimizer.lr=0.001", "--train.ema_decay=0.99"]
     if settings.rehearse:
         return [*words, "--model.preset=tiny", "--model.width=16"]

@@ -44,7 +44,7 @@ import step_parts
 Result = tuple[str, dict[str, Any]]
 NEVER = 10**9  # images
 TINY = ["--model.preset=tiny", "--model.width=16", "--model.attention=false", "--train.precision=fp32", "--train.batch_size=8"]
-TINY_FLOW = ["--prior.width=64", "--prior.depth=1"]
+TINY_FLOW = ["--prior.width=32", "--prior.depth=1"]
 # Names of the kernels of cuDNN and torch that only convert the memory format of a tensor.
 LAYOUT = re.compile(r"nchwToNhwc|nhwcToNchw|nchw_to_nhwc|nhwc_to_nchw|convertTensor|tensorTransform|AddPadding", re.IGNORECASE)
 SHOWN_KERNELS = 8
@@ -205,7 +205,7 @@ def build_untrained(settings: Settings) -> VAE:
     prior = parse(["--config=configs/stl10_prior.yaml", *(TINY_FLOW if settings.rehearse else [])])[0].prior
     torch.manual_seed(0)
     model = build_model(config.model, 96)
-    model.add_flow(prior.width, prior.depth, prior.patch_size, [str(number) for number in range(10)])
+    model.add_flow(prior.width, prior.depth, [str(number) for number in range(10)])
     for parameter in model.parameters():  # some are zero-initialized
         nn.init.normal_(parameter, std=0.02)
     device = "cpu" if settings.rehearse else "cuda"

@@ -161,16 +161,14 @@ class PriorConfig:
 
     Attributes:
         vae: Run of the VAE over whose latents a flow prior is trained. null: train a VAE.
-        width: Channels of the transformer; a multiple of 64.
-        depth: Blocks of the transformer.
-        patch_size: Side in latent positions of the patches that are the tokens.
+        width: Channels of the U-Net; a multiple of 32.
+        depth: Residual blocks before and after the middle of the U-Net, which has twice as many.
         class_dropout_prob: Probability of training without the label, for classifier-free guidance.
     """
 
     vae: str | None = None
-    width: PositiveInt = 512
-    depth: BlockCount = 12
-    patch_size: PositiveInt = 1
+    width: PositiveInt = 256
+    depth: BlockCount = 2
     class_dropout_prob: Ratio = 0.1
 
 

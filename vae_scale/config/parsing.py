@@ -187,7 +187,7 @@ def validate(config: Config) -> None:
         _require(train.gradient_accumulation_steps == 1, "train.compile", text)
         text = "cuda_graphs requires objective.adversarial_weight and objective.feature_matching_weight 0"
         _require(not objective.uses_discriminator, "train.compile", text)
-    _require(config.prior.width % 64 == 0, "prior.width", f"is {config.prior.width}; it must be a multiple of 64")
+    _require(config.prior.width % 32 == 0, "prior.width", f"is {config.prior.width}; it must be a multiple of 32")
     if objective.uses_discriminator:
         name = "adversarial_weight" if objective.adversarial_weight else "feature_matching_weight"
         text = "requires model.likelihood gaussian or laplace"

@@ -97,12 +97,12 @@ class Block(nn.Module):
 
 
 class ResBlock(Block):
-    """A pre-activation residual block of two 3x3 convolutions, initialized to the identity."""
+    """A pre-activation residual block of two convolutions, initialized to the identity."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(channels), conv(channels, channels)
-        self.norm2, self.conv2 = group_norm(channels), conv(channels, channels, zero_init=True)
+        self.norm1, self.conv1 = group_norm(channels), conv(channels, channels, kernel_size)
+        self.norm2, self.conv2 = group_norm(channels), conv(channels, channels, kernel_size, zero_init=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [b, c, h, w] to the same shape."""

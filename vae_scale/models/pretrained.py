@@ -20,7 +20,7 @@ from vae_scale.models.mixture import GaussianMixture
 CONFIG, MIXTURE = "config.json", "mixture.safetensors"
 WEIGHTS, AVERAGED_WEIGHTS = "model.safetensors", "ema.safetensors"
 DISCRIMINATOR_PREFIX = "discriminator."  # of parameters that only training needs
-FORMAT_VERSION = 3  # of config.json and of the parameters' names and meaning
+FORMAT_VERSION = 4  # of config.json and of the parameters' names and meaning
 MAX_SIZE = 2**16  # pixels, channels or blocks that config.json may describe
 
 

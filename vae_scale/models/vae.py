@@ -78,14 +78,16 @@ class SamplingConfig:
     Attributes:
         steps: Steps of the solver.
         solver: euler evaluates the flow once per step, heun twice.
-        label: Class label; None samples without a class.
-        guidance: Scale of classifier-free guidance; 1 for none.
+        label: Class label; None draws the class of each sample with the frequencies of the training images.
+        guidance: Scale of guidance; 1 for none. See `Flow.sample`.
+        guide: A flow over the same latents that has learned less, for autoguidance; None guides by dropping the class.
     """
 
     steps: int = 25
     solver: Solver = "heun"
     label: int | None = None
     guidance: float = 1.0
+    guide: Flow | None = None
 
 
 class VAE(PretrainedModel):
@@ -201,11 +203,15 @@ class VAE(PretrainedModel):
             return noise
         flow, config, device = self.flow, sampling or SamplingConfig(), next(self.parameters()).device
         assert flow is not None
-        label = flow.num_classes if config.label is None else config.label
-        latents = []
-        for batch in noise.split(batch_size):
-            labels = torch.full((len(batch),), label, device=device)
-            latents.append(flow.sample(batch.to(device), labels, config.guidance, config.steps, config.solver).cpu())
+        if config.label is None:
+            uniform = torch.special.ndtr(per_sample_noise(indices, (1,), seed, "class")[:, 0].double())
+            labels = flow.sample_labels(uniform.to(device))
+        else:
+            labels = torch.full((len(indices),), config.label, device=device)
+        latents = [
+            flow.sample(part.to(device), label, config.guidance, config.steps, config.solver, config.guide).cpu()
+            for part, label in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
+        ]
         return torch.cat(latents)
 
     @torch.inference_mode()
@@ -235,9 +241,9 @@ class VAE(PretrainedModel):
         """
         return self.decode_batches(self.sample_latents(num, seed, temperature, prior, sampling, batch_size), batch_size)
 
-    def add_flow(self, width: int, depth: int, patch: int, class_names: Sequence[str]) -> Flow:
+    def add_flow(self, width: int, depth: int, class_names: Sequence[str]) -> Flow:
         """Adds an untrained flow prior, which replaces an existing one."""
-        self.flow, self.class_names = Flow(width, depth, patch, self.latent_shape, len(class_names)), tuple(class_names)
+        self.flow, self.class_names = Flow(width, depth, self.latent_shape, len(class_names)), tuple(class_names)
         return self.flow
 
     def to_config(self) -> dict[str, object]:
@@ -245,7 +251,7 @@ class VAE(PretrainedModel):
         config: dict[str, object] = {"library": "vae_scale", "format_version": FORMAT_VERSION}
         config |= {"resolution": self.resolution, "model": to_dict(self.config)}
         if self.flow is not None:
-            config["flow"] = {"width": self.flow.width, "depth": self.flow.depth, "patch": self.flow.patch}
+            config["flow"] = {"width": self.flow.width, "depth": self.flow.depth}
             config["classes"] = list(self.class_names)
         return config
 
@@ -259,12 +265,8 @@ class VAE(PretrainedModel):
         options = vae_config_from_dict(config["model"], name)
         model: VAE = cls.networks[options.network](options, positive_int(config, "resolution"))
         if flow := config.get("flow"):
-            width, depth, patch = (
-                positive_int(flow, "width"),
-                positive_int(flow, "depth", MAX_BLOCKS),
-                positive_int(flow, "patch"),
-            )
-            model.add_flow(width, depth, patch, [str(label) for label in config["classes"]])
+            width, depth = positive_int(flow, "width"), positive_int(flow, "depth", MAX_BLOCKS)
+            model.add_flow(width, depth, [str(label) for label in config["classes"]])
         return model
 
 

@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vae_scale.config.options import Config
@@ -154,8 +156,7 @@ class FlowStage(Stage):
     """The second stage: a flow over the latents of a frozen VAE with its averaged weights.
 
     Raises:
-        UserError: if the VAE does not exist, has a learned prior or another image size, or `prior.patch_size` does not divide
-            the size of its latents.
+        UserError: if the VAE does not exist, or has a learned prior or another image size.
     """
 
     def __init__(self, config: Config, device: torch.device, train_set: ShardSet, dist: DistContext) -> None:
@@ -173,10 +174,9 @@ class FlowStage(Stage):
         self.model.requires_grad_(False).to(memory_format=torch.channels_last)
         config.model = self.model.config
         self.labels = torch.from_numpy(train_set.labels).to(device)
-        latent_size = self.model.latent_shape[1]
-        if latent_size % prior.patch_size:
-            raise UserError(f"prior.patch_size is {prior.patch_size}; it must divide the latents' size, {latent_size}")
-        flow = self.model.add_flow(prior.width, prior.depth, prior.patch_size, train_set.class_names).to(device)
+        flow = self.model.add_flow(prior.width, prior.depth, train_set.class_names)
+        flow.class_probs = class_frequencies(train_set.labels, flow.num_classes)
+        flow.to(device).to(memory_format=torch.channels_last)
         batch = 64 if config.train.batch_size == "auto" else config.train.global_batch_size // dist.world_size
         num_images = config.evaluate.prior_fit_images
         flow.latent_mean, flow.latent_std = measure_latents(self.model, train_set, num_images, batch, dist)
@@ -212,6 +212,12 @@ class FlowStage(Stage):
         return evaluate_flow(
             model, objective.velocity_error, test_set, self.config.evaluate.images, batch, self.config.seed, dist
         )
+
+
+def class_frequencies(labels: NDArray[np.int64], num_classes: int) -> Tensor:
+    """Returns the frequency of each label from 0 to `num_classes` - 1, and of all other labels: [num_classes + 1]."""
+    known = np.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+    return torch.from_numpy(np.bincount(known, minlength=num_classes + 1) / len(labels)).float()
 
 
 def build_stage(config: Config, device: torch.device, train_set: ShardSet, dist: DistContext) -> Stage:
