@@ -86,7 +86,6 @@ def test_cache_folder_depends_on_the_instruction_set() -> None:
     assert len(folders) == len(limits)
 
 
-HIERARCHICAL = ("--model.preset=hierarchical", "--model.patch_size=4")
 DEFAULT_RECOMPILE_LIMIT = 8  # torch's default
 
 
@@ -97,9 +96,8 @@ DEFAULT_RECOMPILE_LIMIT = 8  # torch's default
         (1, DDP, ("--train.gradient_accumulation_steps=2", "--data.random_crop=0.2"), 1),
         (2, DDP, ("--train.gradient_accumulation_steps=2",), 1),
         (2, FSDP2, ("--train.gradient_accumulation_steps=2",), None),
-        (2, FSDP2, HIERARCHICAL, None),
     ],
-    ids=["one process", "accumulation", "DDP", "FSDP2", "FSDP2 hierarchical"],
+    ids=["one process", "accumulation", "DDP", "FSDP2"],
 )
 def test_first_step_compiles_all_graphs_without_eager_fallback(
     shards: Path, tmp_path: Path, processes: int, config: Path, options: tuple[str, ...], graphs: int | None

@@ -34,13 +34,6 @@ from vae_scale.training.trainer import train
 KINDS = {
     "vector": ["--model.latent=vector"],
     "spatial": ["--model.latent=spatial"],
-    "hierarchical": [
-        "--model.preset=hierarchical",
-        "--model.patch_size=8",
-        "--model.width=8",
-        "--model.num_res_blocks=1",
-        "--model.latent_channels=2",
-    ],
 }
 
 

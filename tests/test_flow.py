@@ -10,6 +10,7 @@ from conftest import COUNTS, TINY
 from safetensors.torch import load_file
 
 from launch import DDP, FSDP2, losses, train
+from vae_scale import load
 from vae_scale.config.parsing import parse
 from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
@@ -255,3 +256,29 @@ def test_a_missing_prior_raises_an_error(vae: Path) -> None:
     assert folder is not None
     with pytest.raises(UserError, match="prior flow: this model has none"):
         VAE.from_pretrained(folder).sample(1, prior="flow")
+
+
+def test_clusters_of_the_latents_replace_the_labels(shards: Path, vae: Path, tmp_path: Path) -> None:
+    more = ("--train.images=24", "--prior.clusters=3", "--train.log_every=1")
+    trainer = Trainer(parse(words(shards, vae, tmp_path / "one", *more))[0])
+    model, flow = trainer.model, trainer.model.flow
+    assert flow is not None
+    assert flow.cluster_centers is not None
+    with torch.no_grad():
+        means = model.encode(normalize_images(torch.from_numpy(trainer.train_set.load_images(np.arange(150))))).mean
+    clusters, normalized = flow.assign_clusters(means), flow.normalize(means).flatten(1)
+    assert clusters.unique().tolist() == [0, 1, 2]
+    assert torch.allclose(flow.class_probs, torch.bincount(clusters, minlength=4) / 150)
+    for cluster in range(3):  # a fixed point of k-means, up to its limited number of iterations
+        center = flow.cluster_centers[cluster]
+        assert (normalized[clusters == cluster] - center).norm(dim=1).mean() < (normalized - center).norm(dim=1).mean()
+    trainer.run()
+    loaded = load(tmp_path / "one")
+    assert loaded.class_names == ("0", "1", "2")
+    assert loaded.flow is not None
+    assert torch.equal(loaded.flow.assign_clusters(means), clusters)
+    train(2, *words(shards, vae, tmp_path / "two", *more), config=DDP)
+    expected = list(losses(tmp_path / "one").values())
+    assert list(losses(tmp_path / "two").values()) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(UserError, match=r"prior\.clusters is 200; it must be at most the number of images used, 150"):
+        Trainer(parse(words(shards, vae, tmp_path / "many", "--prior.clusters=200"))[0])

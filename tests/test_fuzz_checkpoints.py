@@ -94,7 +94,7 @@ def test_mutated_model_configs_are_rejected_unless_they_fit_the_weights(
         {"channel_mult": [1] * 10**5},
         {"channel_mult": [10**18]},
         {"latent_channels": 2**62},
-        {"network": "hierarchical"},
+        {"network": "seed_notebook"},
         {"likelihood_scale": float("nan")},
         {"preset": {"__class__": "os.system"}},
     ],

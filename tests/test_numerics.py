@@ -16,7 +16,6 @@ from vae_scale.training.objectives import ELBO
 NETWORKS = {
     "resnet": ["--model.preset=tiny", "--model.width=16"],
     "mixture": ["--model.preset=tiny", "--model.width=16", "--model.likelihood=logistic_mixture"],
-    "hierarchical": ["--model.preset=hierarchical", "--model.width=16"],
     "shallow": [
         "--model.preset=tiny",
         "--model.width=8",
@@ -35,7 +34,7 @@ def objective_and_batch(network: str) -> tuple[ELBO, tuple[object, ...]]:
         torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else None
     images = torch.from_numpy(discs(8, 1))
     random_inputs = {"noise": torch.randn(8, *model.latent_shape), "flips": torch.arange(8) % 2 == 0}
-    return ELBO(model, config), (images, random_inputs, torch.tensor(1.0), torch.tensor(0.0))
+    return ELBO(model, config), (images, random_inputs, torch.tensor(1.0))
 
 
 def loss_and_gradient(objective: ELBO, batch: tuple[object, ...], bf16: bool = False) -> tuple[float, Tensor]:

@@ -37,7 +37,7 @@ def compute_gradients(model: nn.Module, scaler: torch.amp.GradScaler | None = No
 
 
 def build_step(model: nn.Module, scaler: torch.amp.GradScaler | None = None, **options: Any) -> OptimizerStep:
-    return OptimizerStep([{"params": list(model.parameters())}], OptimizerConfig(**options), scaler)
+    return OptimizerStep(list(model.parameters()), OptimizerConfig(**options), scaler)
 
 
 def state_of(step: OptimizerStep, model: nn.Module) -> dict[str, Tensor]:

@@ -108,22 +108,22 @@ def test_hash_of_a_stage_depends_on_everything_that_affects_its_weights(
 
 def test_methods_share_the_stages_that_they_have_in_common(study: Study) -> None:
     variants = ["flow --prior.depth=2", "vae --objective.beta=2", "sample --steps=3 --solver=euler"]
-    ours, flow, vae, sample = (plan_runs(study, method, 0) for method in select_methods(["ours"], variants))
+    ours, flow, vae, sample = (plan_runs(study, method, 0) for method in select_methods(["ours"], variants, 32))
     assert ours[0].hash == flow[0].hash == sample[0].hash != vae[0].hash
     assert len({ours[1].hash, flow[1].hash, vae[1].hash}) == 3
     assert sample[1].hash == ours[1].hash
-    assert [run.budget for run in ours] == pytest.approx([21, 39])
+    assert [run.budget for run in ours] == pytest.approx([12, 48])
 
 
 def test_variants_have_one_row_each() -> None:
-    ours, variant, sample = select_methods(["ours"], ["vae --objective.beta=2", "sample --steps=3"])
-    assert [row.name for row in ours.rows] == ["ours, mixture", "ours, flow"]
+    ours, variant, sample = select_methods(["ours"], ["vae --objective.beta=2", "sample --steps=3"], 32)
+    assert [row.name for row in ours.rows] == ["ours, mixture", "ours, flow", "ours, flow with autoguidance"]
     assert [(row.name, row.prior) for row in variant.rows] == [("vae --objective.beta=2", "flow")]
     assert sample.rows[0].sampling == SamplingConfig(steps=3)
 
 
 def test_first_stage_gets_the_whole_budget_if_it_is_the_only_one(study: Study) -> None:
-    ours, variant = select_methods(["ours"], ["vae --objective.beta=2"], ["vae"])
+    ours, variant = select_methods(["ours"], ["vae --objective.beta=2"], 32, ["vae"])
     assert [run.budget for run in plan_runs(study, ours, 0)] == [study.budget]
     assert [(row.name, row.prior) for row in variant.rows] == [("vae --objective.beta=2", "gmm")]
 
@@ -144,8 +144,9 @@ def test_first_stage_gets_the_whole_budget_if_it_is_the_only_one(study: Study) -
     ],
 )
 def test_wrong_methods_are_user_errors(arguments: Any, message: str) -> None:
+    names, variants, *stages = arguments
     with pytest.raises(UserError, match=message):
-        select_methods(*arguments)
+        select_methods(names, variants, 32, *stages)
 
 
 @pytest.mark.parametrize("estimate", [0.2, 0.9, 1.1, 4.0])
@@ -239,11 +240,18 @@ def test_comparison_writes_table_json_and_figure_and_trains_nothing_twice(
     monkeypatch.setattr(quality_stages, "ThreadPoolExecutor", SerialExecutor)
     monkeypatch.setattr(quality_stages, "run_command", run_in_process)
     variants = ["flow --prior.depth=2 --optimizer.lr=0.002", "sample --steps=2"]
-    options = [f"--shards={packed}", f"--out={tmp_path}", "--minutes=0.04", "--methods=notebook,ours", "--samples=12"]
+    options = [f"--shards={packed}", f"--out={tmp_path}", "--minutes=0.1", "--methods=notebook,ours", "--samples=12"]
     options += [f"--variant={text}" for text in variants]
     quality.main(options)
     report = json.loads((tmp_path / "quality.json").read_text())
-    names = ["training images", "seed notebook, N(0, I)", "ours, mixture", "ours, flow", *variants]
+    names = [
+        "training images",
+        "seed notebook, N(0, I)",
+        "ours, mixture",
+        "ours, flow",
+        "ours, flow with autoguidance",
+        *variants,
+    ]
     assert [result["name"] for result in report["results"]] == names
     for result in report["results"]:
         assert result["gfd"] >= 0
@@ -255,8 +263,7 @@ def test_comparison_writes_table_json_and_figure_and_trains_nothing_twice(
             assert result["minutes"] > 0
     assert report["results"][0]["above_floor"] == 0
     assert report["results"][1]["above_floor"] == 1
-    ours = report["results"][3]
-    assert ours["images"] > report["results"][2]["images"]  # both stages
+    assert report["results"][3]["images"] > report["results"][2]["images"]  # both stages
     table = (tmp_path / "quality.md").read_text()
     assert all(f"| {name} " in table for name in names)
     assert "best of ours / notebook" in table

@@ -60,13 +60,14 @@ SUBSTITUTIONS = [
     (r"--part 4/4", "--part 2/2"),  # the README omits parts 2 and 3
     (r"--num_processes (8|N)\b", "--num_processes 2"),
     (r"--num 50000", "--num 6"),
+    (r"checkpoints/images_\d+", "checkpoints/images_000000024"),
     (r"report RUN RUN", "report RUN runs/small"),
     (r"(vae_scale\.bench .*)", r"\1 --repeats 1"),
     (r"(vae_scale\.bench data .*)", r"\1 --batch 16"),
     (r"(vae_scale\.(train|bench (train|step)) .*)", r"\1 SMALL"),
 ]
 SMALL = [*TINY, "--train.images=24", "--evaluate.images=12", "--evaluate.prior_fit_images=24", "--track.tracker=none",
-         "--prior.width=32", "--prior.depth=1"]  # fmt: skip
+         "--prior.width=32", "--prior.depth=1", "--prior.clusters=2"]  # fmt: skip
 
 # Patterns of commands that are not run here: test file, text in it, and reason.
 TESTED_ELSEWHERE = {

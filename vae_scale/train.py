@@ -31,6 +31,7 @@ def _print_description(config: Config) -> None:
     from vae_scale.models.vae import VAE
     from vae_scale.runtime.checkpoint import require_checkpoint
     from vae_scale.runtime.launching import resolve_precision
+    from vae_scale.training.stages import class_names
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     steps = "batch size is determined when training starts"
@@ -46,7 +47,8 @@ def _print_description(config: Config) -> None:
     else:
         model = VAE.from_pretrained(require_checkpoint(config.prior.vae, "prior.vae"), "ema.safetensors")
         config.model = model.config
-        trained = model.add_flow(config.prior.width, config.prior.depth, shards.class_names)
+        names = class_names(config.prior, shards)
+        trained = model.add_flow(config.prior.width, config.prior.depth, names, config.prior.clusters is not None)
     parameters = sum(parameter.numel() for parameter in trained.parameters())
     memory = 5 * 4 * parameters / 2**20  # weights, averaged weights, gradients and two moments in fp32
     if config.train.batch_size != "auto":

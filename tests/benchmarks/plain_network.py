@@ -24,7 +24,7 @@ def plain(model: VAE) -> VAE:
                 setattr(parent, name, _fold(layer.proj, 2))
             elif isinstance(layer, Upsample):
                 setattr(parent, name, _unfold(layer.proj, 2))
-    if model.config.network in ("resnet", "hierarchical"):
+    if model.config.network == "resnet":
         encoder: Any = model.encoder
         decoder: Any = model.decoder
         encoder.stem, decoder.head = _fold(encoder.stem, encoder.patch), _unfold(decoder.head, decoder.patch)

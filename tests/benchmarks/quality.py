@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value is not None and value <= low:
             raise UserError(f"--{name} is {value:g}; it must be more than {low:g}")
     stages = None if args.stages is None else args.stages.split(",")
-    methods = select_methods([name for name in args.methods.split(",") if name], args.variant, stages)
     shards = ShardSet.open(args.shards if is_url(args.shards) else Path(args.shards).resolve())
+    methods = select_methods([name for name in args.methods.split(",") if name], args.variant, shards.image_shape[0], stages)
     if not training_splits(shards) or HELD_OUT not in shards.splits:
         raise UserError(f"{shards.location}: requires the split {HELD_OUT} and at least one other")
     # On a GPU, wall-clock time is measured, so stages are trained one at a time.

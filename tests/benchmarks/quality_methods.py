@@ -23,6 +23,7 @@ BATCH = 64  # batch size of evaluation
 HELD_OUT = "test"  # the split of the held-out images
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULT_SAMPLING = SamplingConfig()
+AUTOGUIDANCE = 1.6  # scale of guidance
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: samples from a prior of a stage, given by its index."""
+    """A row of the table: samples from a prior of a stage, given by its index.
+
+    Attributes:
+        autoguidance: Whether the guide is the first checkpoint of the flow, after a quarter of its training.
+    """
 
     name: str
     prior: Prior
     stage: int = 0
     sampling: SamplingConfig = DEFAULT_SAMPLING
+    autoguidance: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,26 +69,33 @@ def _config(name: str) -> str:
     return f"--config={CONFIGS / name}"
 
 
-VAE_STAGE = Stage("vae", (_config("small.yaml"),), 0.35)
-FLOW_STAGE = Stage("flow", (_config("small_prior.yaml"), "--prior.vae={earlier}"), 0.65)
-METHODS = {
-    "notebook": Method(
-        "notebook",
-        (Stage("notebook", (_config("seed_notebook.yaml"),)),),
-        (Row("seed notebook, N(0, I)", "normal"),),
-    ),
-    "pythae": Method("pythae", (Stage("pythae"),), (Row("pythae's VAE, its GMM sampler", "gmm"),)),
-    "ours": Method("ours", (VAE_STAGE, FLOW_STAGE), (Row("ours, mixture", "gmm"), Row("ours, flow", "flow", 1))),
-}
 PEERS = ("notebook", "pythae")
+METHODS = (*PEERS, "ours")
 
 
-def select_methods(names: Sequence[str], variants: Sequence[str], stages: Sequence[str] | None = None) -> list[Method]:
+def make_method(name: str, side: int) -> Method:
+    """Returns one of `METHODS`, for images of `side` pixels."""
+    if name == "notebook":
+        stage = Stage(name, (_config("seed_notebook.yaml"),))
+        return Method(name, (stage,), (Row("seed notebook, N(0, I)", "normal"),))
+    if name == "pythae":
+        return Method(name, (Stage(name),), (Row("pythae's VAE, its GMM sampler", "gmm"),))
+    patch_size = 4 if side >= 64 else 2  # maps of at least 8 x 8 latents
+    vae = Stage("vae", (_config("small.yaml"), f"--model.patch_size={patch_size}"), 0.2)
+    flow = Stage("flow", (_config("small_prior.yaml"), "--prior.vae={earlier}"), 0.8)
+    autoguided = Row("ours, flow with autoguidance", "flow", 1, SamplingConfig(guidance=AUTOGUIDANCE), autoguidance=True)
+    return Method(name, (vae, flow), (Row("ours, mixture", "gmm"), Row("ours, flow", "flow", 1), autoguided))
+
+
+def select_methods(
+    names: Sequence[str], variants: Sequence[str], side: int, stages: Sequence[str] | None = None
+) -> list[Method]:
     """Returns the methods with these names, followed by the variants of `ours`.
 
     Args:
-        names: Keys of `METHODS`.
+        names: Some of `METHODS`.
         variants: Texts "STAGE OPTIONS"; see `parse_variant`.
+        side: Height and width of the images.
         stages: Names of the stages to which `ours` and its variants are limited; None for all.
 
     Raises:
@@ -90,8 +103,8 @@ def select_methods(names: Sequence[str], variants: Sequence[str], stages: Sequen
     """
     if unknown := [name for name in names if name not in METHODS]:
         raise UserError(f"--methods {','.join(unknown)}: unknown; choose from {', '.join(METHODS)}")
-    ours = limit_stages(METHODS["ours"], stages)
-    methods = [ours if name == "ours" else METHODS[name] for name in names]
+    ours = limit_stages(make_method("ours", side), stages)
+    methods = [ours if name == "ours" else make_method(name, side) for name in names]
     methods += [parse_variant(text, ours) for text in variants]
     if not methods:
         raise UserError("--methods names no method")
@@ -124,11 +137,14 @@ def parse_variant(text: str, method: Method) -> Method:
     """
     try:
         name, *options = shlex.split(text) or [""]
-        row = dataclasses.replace(method.rows[-1], name=text)
+        last = len(method.stages) - 1
+        row = dataclasses.replace(next(row for row in method.rows if row.stage == last), name=text)
         if name == "sample":
             if row.prior != "flow":
                 raise UserError("requires the stage flow")
-            return Method(text, method.stages, (dataclasses.replace(row, sampling=parse_sampling(options)),))
+            sampling, autoguidance = parse_sampling(options)
+            row = dataclasses.replace(row, sampling=sampling, autoguidance=autoguidance)
+            return Method(text, method.stages, (row,))
         names = [stage.name for stage in method.stages]
         if name not in names:
             raise UserError(f"unknown stage {name!r}; choose from {', '.join([*names, 'sample'])}")
@@ -145,8 +161,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_sampling(options: Sequence[str]) -> SamplingConfig:
-    """Returns the options of sampling from the flow prior.
+def parse_sampling(options: Sequence[str]) -> tuple[SamplingConfig, bool]:
+    """Returns the options of sampling from the flow prior, and whether to use autoguidance.
 
     Raises:
         UserError: An option is unknown or invalid.
@@ -155,10 +171,11 @@ def parse_sampling(options: Sequence[str]) -> SamplingConfig:
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--solver", choices=["euler", "heun"], default=default.solver)
     parser.add_argument("--guidance", type=float, default=default.guidance)
+    parser.add_argument("--autoguidance", action="store_true")
     args = parser.parse_args(options)
     if args.steps < 1:
         raise UserError(f"--steps is {args.steps}; it must be at least 1")
-    return SamplingConfig(**vars(args))
+    return SamplingConfig(args.steps, args.solver, guidance=args.guidance), args.autoguidance
 
 
 def training_splits(shards: ShardSet) -> list[str]:

@@ -1,5 +1,6 @@
 """The trained models of `quality.py`, which all generate and reconstruct images as uint8 [n, h, w, 3]."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -11,10 +12,10 @@ from quality_stages import StageRun
 from torch import Tensor
 from tqdm import tqdm
 
+from vae_scale import load
 from vae_scale.data.images import Images
 from vae_scale.errors import UserError
 from vae_scale.evaluation.image_grids import to_uint8
-from vae_scale.models.vae import VAE
 from vae_scale.runtime import checkpoint
 
 
@@ -39,11 +40,13 @@ class TrainedRun:
         folder = checkpoint.newest_checkpoint(run)
         if folder is None:
             raise UserError(f"{run}: has no checkpoint")
-        self.model = VAE.from_pretrained(folder, "ema.safetensors").to(DEVICE)
+        self.model = load(folder).to(DEVICE)
+        self.guide = load(checkpoint.list_checkpoints(run)[0]).to(DEVICE).flow
 
     def sample(self, indices: range, row: Row, seed: int) -> Tensor:
         """Samples from the prior of a row."""
-        latents = self.model.sample_latents(indices, seed, prior=row.prior, sampling=row.sampling, batch_size=BATCH)
+        sampling = dataclasses.replace(row.sampling, guide=self.guide) if row.autoguidance else row.sampling
+        latents = self.model.sample_latents(indices, seed, prior=row.prior, sampling=sampling, batch_size=BATCH)
         return self.model.decode_batches(latents, BATCH)
 
     def reconstruct(self, images: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from vae_scale.benchmark.training import count_flops
 from vae_scale.config.options import Config
 from vae_scale.errors import UserError, cli_main
 from vae_scale.files import write_json
-from vae_scale.models.discriminator import Discriminator
 from vae_scale.models.networks import build_model
 from vae_scale.training.objectives import ELBO
 
@@ -216,14 +215,12 @@ def size(config: Config) -> Size:
         raise UserError("prior.vae is set; scaling.py supports only the first stage")
     with torch.device("meta"):
         model = build_model(config.model, SIDE)
-        if config.objective.uses_discriminator:
-            model.discriminator = Discriminator(config.objective.discriminator_width)
         images = torch.empty(1, SIDE, SIDE, 3, dtype=torch.uint8)
         random_inputs = {"noise": torch.empty(1, *model.latent_shape)}
         objective, one = ELBO(model, config), torch.ones(())
 
         def loss() -> Tensor:
-            return objective(images, random_inputs, one, one)[0]
+            return objective(images, random_inputs, one)[0]
 
         flops = count_flops(loss)
     parameters = sum(parameter.numel() for parameter in model.parameters())

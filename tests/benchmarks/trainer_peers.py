@@ -32,7 +32,6 @@ from vae_scale.benchmark.training import DTYPES, TRAIN
 from vae_scale.config.options import Config
 from vae_scale.data.images import Images
 from vae_scale.errors import UserError
-from vae_scale.models.hierarchical import HierarchicalVAE
 from vae_scale.models.kl import KLVAE
 from vae_scale.models.networks import build_model
 from vae_scale.models.vae import VAE
@@ -108,14 +107,14 @@ def peers(trainer: Trainer, seconds: float, scratch: Path, families: Sequence[st
         The loops, and for each library that is not available, the reason in one line.
 
     Raises:
-        UserError: the trainer trains a prior or uses a discriminator, there are too few images, or a library is unknown.
+        UserError: the trainer trains a prior, there are too few images, or a library is unknown.
     """
     config, train_set = trainer.config, trainer.train_set
     known = {"notebook": _notebook, "torch": _torch, "lightning": _lightning, "diffusers": _diffusers, "pythae": _pythae}
     if unknown := set(families) - set(known):
         raise UserError(f"--peers has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
-    if config.prior.vae is not None or config.objective.uses_discriminator:
-        raise UserError("--peers requires a VAE without prior.vae, objective.adversarial_weight and .perceptual")
+    if config.prior.vae is not None:
+        raise UserError("--peers requires a VAE without prior.vae")
     batch = config.train.global_batch_size
     count = min(len(train_set), max(IMAGES, batch)) // batch * batch
     if not count:
@@ -331,8 +330,6 @@ def _pythae(common: _Common) -> list[Peer]:
     from pythae.trainers.training_callbacks import TrainingCallback
 
     network, config = common.network(), common.config
-    if isinstance(network, HierarchicalVAE):
-        raise UserError("its VAE has a single latent, not a hierarchy")
 
     class Encoder(BaseEncoder):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -165,28 +165,6 @@ def skipped_steps(settings: Settings) -> Result:
     return f"{len(before)} tensors unchanged after 10 skipped steps, {precision}", {}
 
 
-def adversarial(settings: Settings) -> Result:
-    """Losses and weights are finite before and after `discriminator_start`."""
-    precision, steps = "fp32" if settings.rehearse else "fp16", 2 * SHORT
-    start = steps // 2 * batch_size(settings)
-    words = [
-        "--objective.adversarial_weight=0.5",
-        "--objective.feature_matching_weight=0.5",
-        "--objective.discriminator_width=8",
-    ]
-    train(settings, "adversarial", steps, *words, f"--objective.discriminator_start={start}", f"--train.precision={precision}")
-    lines = metrics(settings.scratch / "adversarial")
-    finite = all(
-        math.isfinite(line[key]) for line in lines for key in ("train/loss", "train/discriminator_loss", "train/grad_norm")
-    )
-    before, after = sum(line["images"] <= start for line in lines), sum(line["images"] > start for line in lines)
-    assert finite, "a loss or a gradient norm is not finite"
-    assert min(before, after) > 0, f"steps taken: {before} before objective.discriminator_start, {after} after it"
-    non_finite = [name for name, value in weights(settings.scratch / "adversarial").items() if not value.isfinite().all()]
-    assert not non_finite, f"not finite: {', '.join(non_finite[:5])}"
-    return f"{before} steps taken before discriminator_start, {after} of {steps // 2} after it, {precision}", {}
-
-
 def same_losses(option: str, first: str, second: str, settings: Settings) -> Result:
     """Training gives the same losses for two values of an option."""
     if second == "cuda_graphs":
@@ -378,7 +356,6 @@ CHECKS: dict[str, Callable[[Settings], Result]] = {
     "DDP, one process": partial(distributed, False),
     "no host synchronization between log lines": no_synchronization,
     "one step, CPU and GPU": same_step,
-    "discriminator in fp16": adversarial,
     "optimizer.skip_threshold in fp16": skipped_steps,
     "graphs of the compiled objective": compiled_graphs,
     "train and resume, fp32": partial(train_and_resume, "fp32", 1e-3),

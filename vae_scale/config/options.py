@@ -34,8 +34,8 @@ else:  # the types of jsonargparse with these names have no upper bound
     Ratio = _number(float, "a number from 0 to 0.9", (">=", 0), ("<=", 0.9))
     Fraction = _number(float, "a number from 0 to below 1", (">=", 0), ("<", 1))
 
-Preset = Literal["tiny", "small", "base", "large", "hierarchical", "kl", "seed_notebook"]
-Network = Literal["resnet", "hierarchical", "kl", "seed_notebook"]
+Preset = Literal["tiny", "small", "base", "large", "kl", "seed_notebook"]
+Network = Literal["resnet", "kl", "seed_notebook"]
 
 # Defaults of `model` for each preset. YAML files and the command line override them.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {"patch_size": 4, "width": 64, "channel_mult": [1, 2, 4], "num_res_blocks": 1, "latent_channels": 16},
     "base": {"width": 128, "channel_mult": [1, 2, 4], "num_res_blocks": 2, "latent_channels": 8, "attention": True},
     "large": {"width": 192, "channel_mult": [1, 2, 4], "num_res_blocks": 3, "latent_channels": 8, "attention": True},
-    "hierarchical": {"network": "hierarchical", "width": 64, "channel_mult": [1, 2, 3, 4], "latent_channels": 8},
     "kl": {"network": "kl", "width": 128, "channel_mult": [1, 2, 4, 4], "num_res_blocks": 2, "latent_channels": 4},
     "seed_notebook": {"network": "seed_notebook", "latent": "vector", "latent_channels": 10, "likelihood": "mse"},
 }
@@ -54,15 +53,15 @@ class VAEConfig:
     """The network.
 
     Attributes:
-        preset: Defaults for the options of this section: tiny, small, base, large, hierarchical, kl or seed_notebook.
-        network: resnet, hierarchical (several layers of latents), kl (AutoencoderKL; extra diffusers) or seed_notebook.
+        preset: Defaults for the options of this section: tiny, small, base, large, kl or seed_notebook.
+        network: resnet, kl (AutoencoderKL; extra diffusers) or seed_notebook.
         patch_size: Side in pixels of the patches that the first layer folds into channels (space to depth).
         width: Channels at the finest level.
         channel_mult: Channels of each level, as multiples of `width`. Each level halves the resolution of the previous one.
-        num_res_blocks: Residual blocks per level (the decoder has one more). hierarchical: latent layers per level.
+        num_res_blocks: Residual blocks per level (the decoder has one more).
         attention: Whether to use self-attention at the coarsest level.
         latent: spatial (a feature map) or vector (one vector per image).
-        latent_channels: Channels of the latent map (hierarchical: of each layer), or length of the latent vector.
+        latent_channels: Channels of the latent map, or length of the latent vector.
         likelihood: Distribution p(image | latent). mse and bce are the classic losses with a sigmoid output.
         likelihood_scale: Scale of gaussian and laplace for images in [-1, 1]: optimal (sigma-VAE), learned or a number.
     """
@@ -83,7 +82,7 @@ class VAEConfig:
     def downsampling_factor(self) -> int:
         """The factor f between the side of the image and the side of the coarsest feature map."""
         levels = 2 ** (len(self.channel_mult) - 1)
-        factors = {"resnet": self.patch_size * levels, "kl": levels, "hierarchical": self.patch_size, "seed_notebook": 4}
+        factors = {"resnet": self.patch_size * levels, "kl": levels, "seed_notebook": 4}
         return factors[self.network]
 
 
@@ -135,24 +134,11 @@ class ObjectiveConfig:
         beta: Weight of the KL divergence. 1 gives the negative ELBO.
         beta_warmup_images: Images over which beta increases linearly from 0.
         free_bits: KL divergence in nats per latent channel and image below which it is not penalized.
-        adversarial_weight: Weight of the PatchGAN loss, relative to the gradient of the reconstruction loss.
-        feature_matching_weight: Weight of the discriminator feature matching loss, on the same scale.
-        discriminator_start: Images after which the discriminator affects the VAE. It is trained from the start.
-        discriminator_width: Channels of the first layer of the discriminator.
     """
 
     beta: NonNegativeFloat = 1.0
     beta_warmup_images: NonNegativeInt = 0
     free_bits: NonNegativeFloat = 0.0
-    adversarial_weight: NonNegativeFloat = 0.0
-    feature_matching_weight: NonNegativeFloat = 0.0
-    discriminator_start: NonNegativeInt = 50_000
-    discriminator_width: PositiveInt = 64
-
-    @property
-    def uses_discriminator(self) -> bool:
-        """Whether the loss has an adversarial or a feature matching term."""
-        return self.adversarial_weight > 0 or self.feature_matching_weight > 0
 
 
 @dataclass
@@ -163,12 +149,14 @@ class PriorConfig:
         vae: Run of the VAE over whose latents a flow prior is trained. null: train a VAE.
         width: Channels of the U-Net; a multiple of 32.
         depth: Residual blocks before and after the middle of the U-Net, which has twice as many.
-        class_dropout_prob: Probability of training without the label, for classifier-free guidance.
+        clusters: Number of clusters of the latents that are the classes. null: the labels of the images are the classes.
+        class_dropout_prob: Probability of training without the class, for classifier-free guidance.
     """
 
     vae: str | None = None
     width: PositiveInt = 256
     depth: BlockCount = 2
+    clusters: PositiveInt | None = None
     class_dropout_prob: Ratio = 0.1
 
 

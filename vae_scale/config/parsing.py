@@ -174,7 +174,7 @@ def validate(config: Config) -> None:
     Raises:
         UserError: Options contradict each other or have no effect.
     """
-    model, data, train, objective = config.model, config.data, config.train, config.objective
+    model, data, train = config.model, config.data, config.train
     levels = len(model.channel_mult)
     _require(0 < levels <= MAX_LEVELS, "model.channel_mult", f"has {levels} values; it must have 1 to {MAX_LEVELS}")
     if train.batch_size != "auto":
@@ -185,15 +185,9 @@ def validate(config: Config) -> None:
     if train.compile == "cuda_graphs":
         text = "cuda_graphs requires train.gradient_accumulation_steps 1"
         _require(train.gradient_accumulation_steps == 1, "train.compile", text)
-        text = "cuda_graphs requires objective.adversarial_weight and objective.feature_matching_weight 0"
-        _require(not objective.uses_discriminator, "train.compile", text)
     _require(config.prior.width % 32 == 0, "prior.width", f"is {config.prior.width}; it must be a multiple of 32")
-    if objective.uses_discriminator:
-        name = "adversarial_weight" if objective.adversarial_weight else "feature_matching_weight"
-        text = "requires model.likelihood gaussian or laplace"
-        _require(model.likelihood in ("gaussian", "laplace"), f"objective.{name}", text)
-    if model.network in ("hierarchical", "kl"):
-        _require(model.latent == "spatial", "model.latent", f"vector requires model.network resnet, not {model.network}")
+    if model.network == "kl":
+        _require(model.latent == "spatial", "model.latent", "vector requires model.network resnet, not kl")
     if model.network == "seed_notebook":
         is_supported = model.likelihood in ("mse", "bce") and model.latent == "vector"
         _require(is_supported, "model.network", "seed_notebook requires model.latent vector and model.likelihood mse or bce")

@@ -89,7 +89,7 @@ def evaluate(
 
     Returns:
         Means over images. In nats per image: `neg_elbo` (the negative ELBO), its terms `reconstruction` and `kl`, and
-        `kl_per_channel` (per layer of a hierarchical model). `bits_per_dim` if the likelihood is normalized.
+        `kl_per_channel`. `bits_per_dim` if the likelihood is normalized.
         `psnr` in dB, of the reconstruction from the sampled latent.
 
         With `extended`, `psnr`, `ssim` and `lpips` are of the reconstruction from the posterior mean; `active_units` is

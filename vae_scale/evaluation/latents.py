@@ -8,9 +8,10 @@ from torch import Tensor
 
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import normalize_images, to_device
+from vae_scale.errors import UserError
 from vae_scale.evaluation.evaluator import iterate_batches
 from vae_scale.models.flow import AUGMENTATION_DIM
-from vae_scale.models.mixture import MAX_LATENT_DIM, GaussianMixture
+from vae_scale.models.mixture import MAX_LATENT_DIM, GaussianMixture, kmeans
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import per_sample_noise
 from vae_scale.runtime.distributed import SINGLE_PROCESS, DistContext
@@ -63,6 +64,25 @@ def measure_latents(
     shift, mean_square, variance = sums / count
     scale = (mean_square - shift.square() + variance).clamp(min=1e-12).sqrt()
     return shift.float()[:, None, None], scale.float()[:, None, None]
+
+
+def fit_clusters(
+    model: VAE, shards: ShardSet, images: int, batch_size: int, seed: int, dist: DistContext = SINGLE_PROCESS
+) -> None:
+    """Sets the cluster centers of a flow prior, and the frequencies of its classes, from at most `images` images by k-means.
+
+    Raises:
+        UserError: if there are fewer images than clusters.
+    """
+    flow, count = model.flow, min(images, len(shards))
+    assert flow is not None
+    if count < flow.num_classes:
+        raise UserError(f"prior.clusters is {flow.num_classes}; it must be at most the number of images used, {count:,}")
+    means = torch.cat([mean for mean, _ in iterate_posteriors(model, shards, count, batch_size, dist)])
+    clusters, centers = kmeans(flow.normalize(means).flatten(1), flow.num_classes, seed)
+    frequencies = torch.bincount(clusters, minlength=flow.num_classes + 1) / count
+    # From rank 0, since rounding may differ between GPUs.
+    flow.cluster_centers, flow.class_probs = (dist.all_reduce_sum(part * (dist.rank == 0)) for part in (centers, frequencies))
 
 
 @torch.no_grad()

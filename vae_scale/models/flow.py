@@ -31,25 +31,32 @@ class Flow(nn.Module):
         depth: Residual blocks before and after the middle. The middle has twice as many, each followed by self-attention.
         latent_shape: (c, h, w).
         num_classes: Number of class labels; the label `num_classes` means no class.
+        clustered: Whether the classes are clusters of the latents instead of labels of the images.
 
     Attributes:
         latent_mean: Mean of each latent channel, [c, 1, 1].
         latent_std: Standard deviation of each latent channel under the aggregate posterior, sqrt(var(mean) + E[sigma^2]),
             [c, 1, 1]. Dividing by sqrt(var(mean)) would amplify collapsed channels, whose means are near 0 and sigmas near 1.
+        cluster_centers: Centers of the clusters of normalized posterior means, [num_classes, c * h * w]; None without clusters.
         class_probs: Frequency of each label, the last of no class, from which `sample_labels` draws: [num_classes + 1].
     """
 
     latent_mean: Tensor
     latent_std: Tensor
     class_probs: Tensor
+    cluster_centers: Tensor | None
 
-    def __init__(self, width: int, depth: int, latent_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(
+        self, width: int, depth: int, latent_shape: tuple[int, int, int], num_classes: int, clustered: bool = False
+    ) -> None:
         super().__init__()
         self.width, self.depth, self.num_classes = width, depth, num_classes
         channels, height, columns = latent_shape
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(channels, 1, 1))
         self.register_buffer("class_probs", F.one_hot(torch.tensor(num_classes), num_classes + 1).float())
+        centers = torch.zeros(num_classes, channels * height * columns) if clustered else None
+        self.register_buffer("cluster_centers", centers)
         self.two_levels = height % 2 == 0 and columns % 2 == 0
         outer, middle, kernel_size = width, 2 * width, 3 if max(height, columns) > 1 else 1
         condition = middle
@@ -77,6 +84,11 @@ class Flow(nn.Module):
     def normalize(self, latents: Tensor) -> Tensor:
         """Returns latents with mean 0 and standard deviation 1 in each channel."""
         return (latents - self.latent_mean) / self.latent_std
+
+    def assign_clusters(self, means: Tensor) -> Tensor:
+        """Returns the cluster of each posterior mean [b, c, h, w], not normalized: int64 [b]."""
+        assert self.cluster_centers is not None
+        return torch.cdist(self.normalize(means).flatten(1), self.cluster_centers).argmin(1)
 
     def sample_labels(self, uniform: Tensor) -> Tensor:
         """Returns labels with the frequencies `class_probs`, int64 [b], from uniform random numbers in [0, 1), [b]."""

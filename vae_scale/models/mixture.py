@@ -15,7 +15,7 @@ from vae_scale.randomness import make_generator, per_sample_noise
 
 MAX_LATENT_DIM = 1536  # values per latent up to which full covariances are fitted
 MAX_COMPONENTS = 128
-EM_ITERATIONS = 15
+EM_ITERATIONS = 3  # 15 took three times as long as 4, for a Frechet distance of 104.7 instead of 105.4
 KMEANS_ITERATIONS = 10
 
 
@@ -48,7 +48,8 @@ class GaussianMixture:
         count, dim = mean.shape
         components = max(1, min(MAX_COMPONENTS, count // dim))
         mean, variance = mean.double(), sigma.double().square()
-        responsibilities = torch.nn.functional.one_hot(_kmeans(mean, components, seed), components).double()
+        clusters, _ = kmeans(mean, components, seed)
+        responsibilities = torch.nn.functional.one_hot(clusters, components).double()
         mixture = cls._maximize(mean, variance, responsibilities)
         for _ in range(EM_ITERATIONS if components > 1 else 0):
             mixture = cls._maximize(mean, variance, mixture._joint_log_prob(mean).softmax(1))
@@ -101,8 +102,11 @@ class GaussianMixture:
         return self.means[component] + temperature * torch.einsum("nij,nj->ni", self.factors[component], noise[:, 1:])
 
 
-def _kmeans(points: Tensor, count: int, seed: int) -> Tensor:
-    """Returns the cluster of each point, [n], by k-means with k-means++ initialization (Arthur & Vassilvitskii, 2007)."""
+def kmeans(points: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Returns the cluster of each point, [n], and the centers, [count, d], for points [n, d] with n >= `count`.
+
+    By k-means with k-means++ initialization (Arthur & Vassilvitskii, 2007).
+    """
     generator = make_generator("cpu", seed, "mixture centres")
     first = torch.randint(len(points), (1,), generator=generator)
     centers = points[first.to(points.device)]
@@ -115,4 +119,4 @@ def _kmeans(points: Tensor, count: int, seed: int) -> Tensor:
         members = torch.nn.functional.one_hot(nearest, count).to(points)
         sizes = members.sum(0)[:, None]
         centers = torch.where(sizes > 0, members.T @ points / sizes.clamp(min=1), centers)
-    return torch.cdist(points, centers).argmin(1)
+    return torch.cdist(points, centers).argmin(1), centers

@@ -1,13 +1,12 @@
 """The networks by name."""
 
 from vae_scale.config.options import VAEConfig
-from vae_scale.models.hierarchical import HierarchicalVAE
 from vae_scale.models.kl import KLVAE
 from vae_scale.models.notebook import NotebookVAE
 from vae_scale.models.resnet import ResNetVAE
 from vae_scale.models.vae import VAE
 
-VAE.networks |= {"resnet": ResNetVAE, "kl": KLVAE, "hierarchical": HierarchicalVAE, "seed_notebook": NotebookVAE}
+VAE.networks |= {"resnet": ResNetVAE, "kl": KLVAE, "seed_notebook": NotebookVAE}
 
 
 def build_model(config: VAEConfig, resolution: int) -> VAE:

@@ -19,7 +19,6 @@ from vae_scale.models.mixture import GaussianMixture
 
 CONFIG, MIXTURE = "config.json", "mixture.safetensors"
 WEIGHTS, AVERAGED_WEIGHTS = "model.safetensors", "ema.safetensors"
-DISCRIMINATOR_PREFIX = "discriminator."  # of parameters that only training needs
 FORMAT_VERSION = 4  # of config.json and of the parameters' names and meaning
 MAX_SIZE = 2**16  # pixels, channels or blocks that config.json may describe
 
@@ -81,7 +80,6 @@ class PretrainedModel(nn.Module, ABC):
             config = json.loads((folder / CONFIG).read_text("utf-8"))
             check_version(config, folder)
             state = load_file(folder / weights)
-            state = {key: tensor for key, tensor in state.items() if not key.startswith(DISCRIMINATOR_PREFIX)}
             with torch.device("meta"):  # sizes are checked before memory is allocated for them
                 _check_shapes(cls.from_config(config, str(folder / CONFIG)), state)
             model = cls.from_config(config, str(folder / CONFIG))

@@ -12,7 +12,6 @@ from vae_scale.config.options import MAX_BLOCKS, VAEConfig, to_dict
 from vae_scale.config.parsing import vae_config_from_dict
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import chunk_channels, soft_clamp
-from vae_scale.models.discriminator import Discriminator
 from vae_scale.models.flow import Flow, Solver
 from vae_scale.models.likelihoods import make_likelihood
 from vae_scale.models.mixture import GaussianMixture
@@ -106,7 +105,6 @@ class VAE(PretrainedModel):
         mixture: The Gaussian mixture prior, or None before it is fitted.
         flow: The flow prior, or None before the second training stage.
         class_names: Names of the class labels of the flow prior.
-        discriminator: The discriminator of adversarial training, or None.
     """
 
     networks: ClassVar[dict[str, Any]] = {}
@@ -121,7 +119,6 @@ class VAE(PretrainedModel):
         self.mixture: GaussianMixture | None = None
         self.flow: Flow | None = None
         self.class_names: tuple[str, ...] = ()
-        self.discriminator: Discriminator | None = None
 
     @property
     def dimensions(self) -> int:
@@ -241,9 +238,10 @@ class VAE(PretrainedModel):
         """
         return self.decode_batches(self.sample_latents(num, seed, temperature, prior, sampling, batch_size), batch_size)
 
-    def add_flow(self, width: int, depth: int, class_names: Sequence[str]) -> Flow:
-        """Adds an untrained flow prior, which replaces an existing one."""
-        self.flow, self.class_names = Flow(width, depth, self.latent_shape, len(class_names)), tuple(class_names)
+    def add_flow(self, width: int, depth: int, class_names: Sequence[str], clustered: bool = False) -> Flow:
+        """Adds an untrained flow prior, which replaces an existing one. See `Flow`."""
+        self.class_names = tuple(class_names)
+        self.flow = Flow(width, depth, self.latent_shape, len(class_names), clustered)
         return self.flow
 
     def to_config(self) -> dict[str, object]:
@@ -251,7 +249,8 @@ class VAE(PretrainedModel):
         config: dict[str, object] = {"library": "vae_scale", "format_version": FORMAT_VERSION}
         config |= {"resolution": self.resolution, "model": to_dict(self.config)}
         if self.flow is not None:
-            config["flow"] = {"width": self.flow.width, "depth": self.flow.depth}
+            clustered = self.flow.cluster_centers is not None
+            config["flow"] = {"width": self.flow.width, "depth": self.flow.depth, "clustered": clustered}
             config["classes"] = list(self.class_names)
         return config
 
@@ -266,7 +265,7 @@ class VAE(PretrainedModel):
         model: VAE = cls.networks[options.network](options, positive_int(config, "resolution"))
         if flow := config.get("flow"):
             width, depth = positive_int(flow, "width"), positive_int(flow, "depth", MAX_BLOCKS)
-            model.add_flow(width, depth, [str(label) for label in config["classes"]])
+            model.add_flow(width, depth, [str(label) for label in config["classes"]], bool(flow["clustered"]))
         return model
 
 

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from vae_scale.errors import UserError
 
 DATA_ORDER_OPTIONS = ("train", "shuffle_window", "streams")
-FLOW_OPTIONS = ("width", "depth")
+FLOW_OPTIONS = ("width", "depth", "clusters")
 
 
 def acquire_run_lock(folder: Path, is_main: bool, device: torch.device) -> FileLock:

@@ -14,7 +14,6 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "KL divergence": ("train/kl", "eval/kl"),
         "KL divergence per latent channel": ("eval/kl_per_channel",),
         "KL weight (beta)": ("train/beta",),
-        "Discriminator loss": ("train/discriminator_loss",),
     },
     "Optimization": {
         "Gradient norm before clipping": ("train/grad_norm",),

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ class OptimizerStep:
     change. All processes have the same gradients, so they skip the same steps.
 
     Args:
-        parameter_groups: Parameter groups of the optimizer.
+        parameters: The parameters to optimize.
         config: Options of the optimizer.
         scaler: Loss scaler of fp16 training.
 
@@ -28,13 +27,11 @@ class OptimizerStep:
         adamw: The optimizer.
     """
 
-    def __init__(
-        self, parameter_groups: list[dict[str, Any]], config: OptimizerConfig, scaler: torch.amp.GradScaler | None
-    ) -> None:
+    def __init__(self, parameters: list[Parameter], config: OptimizerConfig, scaler: torch.amp.GradScaler | None) -> None:
         self.adamw = torch.optim.AdamW(
-            parameter_groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self._parameters: list[Parameter] = [parameter for group in parameter_groups for parameter in group["params"]]
+        self._parameters = parameters
         self._max_grad_norm = config.max_grad_norm or float("inf")
         self._skip_threshold = config.skip_threshold or float("inf")
         self._scaler = scaler

@@ -1,27 +1,23 @@
 """The training stages: the VAE, then a flow over its latents. Both run in the same training loop."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vae_scale.config.options import Config
+from vae_scale.config.options import Config, PriorConfig
 from vae_scale.config.parsing import check_image_shape
 from vae_scale.data.images import Rows
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import to_device
 from vae_scale.errors import UserError
 from vae_scale.evaluation.evaluator import evaluate
-from vae_scale.evaluation.latents import evaluate_flow, measure_latents
-from vae_scale.models.discriminator import Discriminator
-from vae_scale.models.hierarchical import HierarchicalVAE
+from vae_scale.evaluation.latents import evaluate_flow, fit_clusters, measure_latents
 from vae_scale.models.likelihoods import bits_per_dim
 from vae_scale.models.networks import build_model
-from vae_scale.models.pretrained import DISCRIMINATOR_PREFIX
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import derive_seed, make_generator
 from vae_scale.runtime import checkpoint
@@ -92,23 +88,14 @@ def trainable_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Returns the parameter groups of the optimizer. A discriminator is trained with betas (0, 0.9)."""
-    parameters = dict(trainable_parameters(model))
-    discriminator = [parameters.pop(name) for name in list(parameters) if name.startswith(DISCRIMINATOR_PREFIX)]
-    groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
-    return [*groups, {"params": discriminator, "betas": (0.0, 0.9)}] if discriminator else groups
-
-
 class VAEStage(Stage):
     """The first stage: encoder and decoder."""
+
+    fits_mixture = True
 
     def __init__(self, config: Config, device: torch.device, train_set: ShardSet) -> None:
         super().__init__(config, device)
         self.model = build_model(config.model, train_set.image_shape[0])
-        if config.objective.uses_discriminator:
-            self.model.discriminator = Discriminator(config.objective.discriminator_width)
-        self.fits_mixture = not isinstance(self.model, HierarchicalVAE)  # has a learned prior
         self.model.to(device).to(memory_format=torch.channels_last)
         self.objective = ELBO(self.model, config)
 
@@ -120,11 +107,9 @@ class VAEStage(Stage):
         return inputs | self._flips(images_seen, batch_size)
 
     def schedule_values(self, images_seen: int) -> tuple[Tensor, ...]:
-        """Returns beta and the factor of the adversarial terms."""
-        adversarial_factor = float(images_seen >= self.config.objective.discriminator_start)
-        values = kl_weight(self.config.objective, images_seen), adversarial_factor
+        """Returns beta."""
         # Filled on the device: a copy from the host would synchronize with it.
-        return tuple(torch.full((), value, device=self.device) for value in values)
+        return (torch.full((), kl_weight(self.config.objective, images_seen), device=self.device),)
 
     def on_step_end(self, metrics: Tensors, is_taken: Tensor) -> None:
         """Updates the scale of the likelihood."""
@@ -140,8 +125,6 @@ class VAEStage(Stage):
             "train/kl": means["kl"],
             "train/beta": kl_weight(self.config.objective, images_seen),
         }
-        if "discriminator_loss" in means:
-            metrics["train/discriminator_loss"] = means["discriminator_loss"]
         if not self.model.likelihood.is_normalized:
             return metrics, f"loss {means['loss']:,.0f} nats"
         metrics["train/bits_per_dim"] = bits_per_dim(neg_elbo, self.model.dimensions)
@@ -156,7 +139,7 @@ class FlowStage(Stage):
     """The second stage: a flow over the latents of a frozen VAE with its averaged weights.
 
     Raises:
-        UserError: if the VAE does not exist, or has a learned prior or another image size.
+        UserError: if the VAE does not exist, or has another image size.
     """
 
     def __init__(self, config: Config, device: torch.device, train_set: ShardSet, dist: DistContext) -> None:
@@ -169,17 +152,18 @@ class FlowStage(Stage):
             raise UserError(
                 f"prior.vae {prior.vae}: was trained on {resolution}x{resolution} images, the shards have {size}x{size}"
             )
-        if isinstance(self.model, HierarchicalVAE):
-            raise UserError(f"prior.vae {prior.vae}: a hierarchical VAE has a learned prior already; use another VAE")
         self.model.requires_grad_(False).to(memory_format=torch.channels_last)
         config.model = self.model.config
         self.labels = torch.from_numpy(train_set.labels).to(device)
-        flow = self.model.add_flow(prior.width, prior.depth, train_set.class_names)
-        flow.class_probs = class_frequencies(train_set.labels, flow.num_classes)
+        flow = self.model.add_flow(prior.width, prior.depth, class_names(prior, train_set), prior.clusters is not None)
         flow.to(device).to(memory_format=torch.channels_last)
         batch = 64 if config.train.batch_size == "auto" else config.train.global_batch_size // dist.world_size
         num_images = config.evaluate.prior_fit_images
         flow.latent_mean, flow.latent_std = measure_latents(self.model, train_set, num_images, batch, dist)
+        if prior.clusters is None:
+            flow.class_probs = label_frequencies(train_set.labels, flow.num_classes).to(device)
+        else:
+            fit_clusters(self.model, train_set, num_images, batch, config.seed, dist)
         self.objective = FlowMatching(self.model, config)
 
     def random_inputs(self, images_seen: int, batch_size: int) -> Tensors:
@@ -194,12 +178,18 @@ class FlowStage(Stage):
         } | self._flips(images_seen, batch_size)
 
     def add_labels(self, random_inputs: Tensors, rows: Rows) -> Tensors:
-        """Adds the labels of the images, randomly dropped for classifier-free guidance (Ho & Salimans, 2022)."""
+        """Adds the labels of the images, randomly dropped for classifier-free guidance (Ho & Salimans, 2021).
+
+        The label is -1 if the class is the cluster of the latents.
+        """
         assert self.model.flow is not None
         num_classes = self.model.flow.num_classes
-        labels = self.labels[to_device(rows, self.device)]
-        has_class = (labels >= 0) & (labels < num_classes)  # labels of other WebDatasets may have no class name
-        is_dropped = ~has_class | (random_inputs["label_dropout"] < self.config.prior.class_dropout_prob)
+        is_dropped = random_inputs["label_dropout"] < self.config.prior.class_dropout_prob
+        if self.config.prior.clusters is not None:
+            labels = torch.full_like(is_dropped, -1, dtype=torch.int64)
+        else:
+            labels = self.labels[to_device(rows, self.device)]
+            is_dropped |= (labels < 0) | (labels >= num_classes)  # labels of other WebDatasets may have no class name
         return random_inputs | {"label": labels.masked_fill(is_dropped, num_classes)}
 
     def format_metrics(self, means: Mapping[str, float], images_seen: int) -> tuple[dict[str, float], str]:
@@ -214,7 +204,12 @@ class FlowStage(Stage):
         )
 
 
-def class_frequencies(labels: NDArray[np.int64], num_classes: int) -> Tensor:
+def class_names(prior: PriorConfig, train_set: ShardSet) -> Sequence[str]:
+    """Returns the names of the classes of the flow prior: those of the labels, or the numbers of the clusters."""
+    return train_set.class_names if prior.clusters is None else [str(number) for number in range(prior.clusters)]
+
+
+def label_frequencies(labels: NDArray[np.int64], num_classes: int) -> Tensor:
     """Returns the frequency of each label from 0 to `num_classes` - 1, and of all other labels: [num_classes + 1]."""
     known = np.where((labels >= 0) & (labels < num_classes), labels, num_classes)
     return torch.from_numpy(np.bincount(known, minlength=num_classes + 1) / len(labels)).float()

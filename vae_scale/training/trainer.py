@@ -42,7 +42,7 @@ from vae_scale.training.setup import (
     open_datasets,
     wrap_objective,
 )
-from vae_scale.training.stages import build_stage, parameter_groups, trainable_parameters
+from vae_scale.training.stages import build_stage, trainable_parameters
 
 FIRST_PREVIEW = 256  # images before the first image grids
 REQUEUE_FILE = "requeue.json"  # in the run's folder: the job was preempted and should be restarted
@@ -84,7 +84,8 @@ class Trainer:
 
         self.objective = wrap_objective(self.stage.objective, config, self.accelerator, self.device)
         self.forward = compile_objective(self.objective, config, self.device)
-        self.optimizer_step = OptimizerStep(parameter_groups(self.model), config.optimizer, self.accelerator.scaler)
+        parameters = [parameter for _, parameter in trainable_parameters(self.model)]
+        self.optimizer_step = OptimizerStep(parameters, config.optimizer, self.accelerator.scaler)
         if optimizer:
             self.optimizer_step.load(trainable_parameters(self.model), optimizer)
         self.ema.attach(self.model)
