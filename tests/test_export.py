@@ -24,7 +24,7 @@ from vae_scale.runtime import checkpoint
 SIDE = 16
 CONFIGS = {
     "map": VAEConfig(
-        "tiny", **{**PRESETS["tiny"], "width": 8, "channel_mult": [1], "attention": True, "likelihood": "logistic_mixture"}
+        "tiny", **{**PRESETS["tiny"], "width": 8, "channel_mult": [1], "attention": True, "likelihood": "laplace"}
     ),
     "vector": VAEConfig("tiny", **{**PRESETS["tiny"], "width": 8, "channel_mult": [1], "latent": "vector"}),
     "notebook": VAEConfig("seed_notebook", **PRESETS["seed_notebook"]),

@@ -20,7 +20,6 @@ from vae_scale.training.objectives import ELBO
 OPTIONS = {
     "resnet": ["--model.preset=base", "--model.num_res_blocks=1"],
     "vector": ["--model.preset=small", "--model.latent=vector"],
-    "logistic mixture": ["--model.preset=tiny", "--model.likelihood=logistic_mixture"],
     "laplace": ["--model.preset=tiny", "--model.likelihood=laplace"],
     "augmented": ["--model.preset=tiny", "--data.random_crop=0.2", "--data.color_jitter=0.2"],
     "bce": ["--model.preset=seed_notebook", "--model.likelihood=bce"],

@@ -1,6 +1,5 @@
 """The networks, likelihoods and the mixture prior, compared with closed forms and with PyTorch."""
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -18,7 +17,7 @@ from vae_scale.config.options import PRESETS, Config, ObjectiveConfig, VAEConfig
 from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import Attention, GroupNorm, ResBlock, depth_to_space, space_to_depth
-from vae_scale.models.likelihoods import LEVELS_PER_UNIT, GaussianLaplace, LogisticMixture, SigmoidLikelihood, bits_per_dim
+from vae_scale.models.likelihoods import LEVELS_PER_UNIT, GaussianLaplace, SigmoidLikelihood, bits_per_dim
 from vae_scale.models.mixture import GaussianMixture
 from vae_scale.models.networks import build_model
 from vae_scale.models.vae import VAE, Posterior, slerp
@@ -159,27 +158,6 @@ def test_sigmoid_likelihoods_give_the_losses_of_the_notebook() -> None:
     squared = (output.sigmoid() - target).square().sum((1, 2, 3))
     constant = -SigmoidLikelihood("mse").log_prob(output, x) - squared
     assert torch.allclose(constant, constant[0].expand(4), rtol=1e-5)
-
-
-def test_the_logistic_mixture_sums_to_one_over_all_colors() -> None:
-    torch.manual_seed(2)
-    levels = 16
-    likelihood = LogisticMixture(levels)
-    colors = torch.tensor(list(itertools.product(range(levels), repeat=3))) / ((levels - 1) / 2) - 1
-    for spread in (0.3, 2.0):
-        output = (spread * torch.randn(1, likelihood.channels, 1, 1)).expand(len(colors), -1, -1, -1)
-        probability = likelihood.log_prob(output, colors[:, :, None, None]).double().exp().sum()
-        assert probability.item() == pytest.approx(1, abs=2e-3)
-
-
-def test_the_logistic_mixture_has_finite_gradients_far_from_the_data() -> None:
-    output = (30 * torch.randn(4, 100, 3, 3)).requires_grad_()
-    images = torch.randint(0, 256, (4, 3, 3, 3)) / 127.5 - 1
-    likelihood = LogisticMixture()
-    likelihood.log_prob(output, images).sum().backward()  # type: ignore[no-untyped-call]
-    assert output.grad is not None
-    assert output.grad.isfinite().all()
-    assert likelihood.mean(output).abs().max() <= 1
 
 
 def test_the_optimal_scale_converges_to_the_error_and_maximizes_the_likelihood() -> None:

@@ -15,7 +15,7 @@ from vae_scale.training.objectives import ELBO
 
 NETWORKS = {
     "resnet": ["--model.preset=tiny", "--model.width=16"],
-    "mixture": ["--model.preset=tiny", "--model.width=16", "--model.likelihood=logistic_mixture"],
+    "laplace": ["--model.preset=tiny", "--model.width=16", "--model.likelihood=laplace"],
     "shallow": [
         "--model.preset=tiny",
         "--model.width=8",

@@ -75,7 +75,7 @@ class VAEConfig:
     attention: bool = False
     latent: Literal["spatial", "vector"] = "spatial"
     latent_channels: PositiveInt = 8
-    likelihood: Literal["gaussian", "laplace", "logistic_mixture", "mse", "bce"] = "gaussian"
+    likelihood: Literal["gaussian", "laplace", "mse", "bce"] = "gaussian"
     likelihood_scale: Literal["optimal", "learned"] | PositiveFloat = "optimal"
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vae_scale.config.options import VAEConfig
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import chunk_channels
-from vae_scale.models.likelihoods import GaussianLaplace, make_likelihood
+from vae_scale.models.likelihoods import GaussianLaplace
 from vae_scale.models.resnet import INITIAL_LOG_SIGMA
 from vae_scale.models.vae import VAE, Posterior
 
@@ -36,8 +36,7 @@ class KLVAE(VAE):
             raise UserError(f"model.latent is {config.latent}; network kl supports only spatial")
         if resolution % factor:
             raise UserError(f"model.channel_mult: images of {resolution} pixels are not divisible by f = {factor}")
-        out_channels = make_likelihood(config.likelihood, config.likelihood_scale).channels
-        autoencoder = _build_autoencoder(config, resolution, out_channels)
+        autoencoder = _build_autoencoder(config, resolution)
         nn.init.constant_(autoencoder.encoder.conv_out.bias[config.latent_channels :], 2 * INITIAL_LOG_SIGMA)
         shape = (config.latent_channels, resolution // factor, resolution // factor)
         super().__init__(config, resolution, shape, autoencoder.encoder, autoencoder.decoder)
@@ -58,12 +57,12 @@ class KLVAE(VAE):
         """
         if not isinstance(self.likelihood, GaussianLaplace):
             raise UserError(f"model.likelihood {self.config.likelihood}: AutoencoderKL requires gaussian or laplace")
-        autoencoder = _build_autoencoder(self.config, self.resolution, self.likelihood.channels, scaling_factor)
+        autoencoder = _build_autoencoder(self.config, self.resolution, scaling_factor)
         autoencoder.encoder, autoencoder.decoder = self.encoder, self.decoder
         return autoencoder
 
 
-def _build_autoencoder(config: VAEConfig, resolution: int, out_channels: int, scaling_factor: float = 1.0) -> "AutoencoderKL":
+def _build_autoencoder(config: VAEConfig, resolution: int, scaling_factor: float = 1.0) -> "AutoencoderKL":
     try:
         from diffusers import AutoencoderKL
     except ImportError:
@@ -72,7 +71,7 @@ def _build_autoencoder(config: VAEConfig, resolution: int, out_channels: int, sc
     levels = len(config.channel_mult)
     groups = next((count for count in (32, 16, 8, 4, 2) if config.width % (4 * count) == 0), 1)  # of at least 4 channels
     return AutoencoderKL(
-        out_channels=out_channels,
+        out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(config.width * multiplier for multiplier in config.channel_mult),

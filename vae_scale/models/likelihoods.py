@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 LEVELS = 256
@@ -20,18 +19,16 @@ class Likelihood(nn.Module):
     """A distribution over images, with the output of the decoder as its parameters.
 
     Attributes:
-        channels: Channels of the decoder's output.
         is_normalized: Whether it is a density or probability of images, which bits/dim requires.
     """
 
-    channels: int = 3
     is_normalized = True
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
         """Returns log p(images | output) in nats per image, [b], computed in fp32.
 
         Args:
-            output: [b, channels, h, w].
+            output: [b, 3, h, w].
             images: [b, 3, h, w] in [-1, 1].
         """
         raise TypeError("a likelihood must define log_prob")
@@ -121,70 +118,15 @@ class SigmoidLikelihood(Likelihood):
         return output.sigmoid() * 2 - 1
 
 
-class LogisticMixture(Likelihood):
-    """Discretized logistic mixture with linear dependence between color channels (PixelCNN++, Salimans et al., 2017, eq. 2-3).
-
-    It is a probability of the 256^3 colors of each pixel, so that its nats are a code length.
-    """
-
-    components = 10
-
-    def __init__(self, levels: int = LEVELS) -> None:
-        super().__init__()
-        self.levels = levels
-        # Per component: a weight, three means, three log-scales, and three coefficients between color channels.
-        self.channels = self.components * 10
-
-    def _mixture(self, output: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns weights [b, h, w, k], and means, log-scales and coefficients [b, h, w, 3, k], in fp32."""
-        weights, rest = _channels_last(output).split([self.components, 9 * self.components], 3)
-        means, log_scales, coefficients = rearrange(rest, "b h w (n c k) -> n b h w c k", n=3, c=3)
-        return weights, means, log_scales.clamp(min=-7), coefficients.tanh()
-
-    def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
-        """See `Likelihood`."""
-        weights, means, log_scales, coefficients = self._mixture(output)
-        x = _channels_last(images)[..., None]
-        red, green, _ = x.unbind(3)
-        to_green, red_to_blue, green_to_blue = coefficients.unbind(3)
-        shift_green = to_green * red
-        shift_blue = red_to_blue * red + green_to_blue * green
-        means = means + torch.stack([torch.zeros_like(shift_green), shift_green, shift_blue], 3)
-        half = 1 / (self.levels - 1)
-        centered, inverse = x - means, torch.exp(-log_scales)
-        upper, lower = inverse * (centered + half), inverse * (centered - half)
-        middle = inverse * centered
-        inside = upper.sigmoid() - lower.sigmoid()
-        # Used where the difference underflows in fp32: the density at the center of the level times its width.
-        density = middle - log_scales - 2 * F.softplus(middle) + math.log(2 * half)
-        log_inside = torch.where(inside > 1e-5, inside.clamp(min=1e-12).log(), density)
-        first, last = x < -1 + half, x > 1 - half
-        log_level = torch.where(first, F.logsigmoid(upper), torch.where(last, F.logsigmoid(-lower), log_inside))
-        log_pixel = torch.logsumexp(weights.log_softmax(3) + log_level.sum(3), 3)
-        return log_pixel.sum((1, 2))
-
-    def mean(self, output: Tensor) -> Tensor:
-        """Returns the mean of the mixture, each color channel given the means of the channels before it."""
-        weights, means, _, coefficients = self._mixture(output)
-        to_green, red_to_blue, green_to_blue = coefficients.unbind(3)
-        red, green, blue = means.unbind(3)
-        green = green + to_green * red
-        blue = blue + red_to_blue * red + green_to_blue * green
-        mean = (weights.softmax(3)[..., None, :] * torch.stack([red, green, blue], 3)).sum(4).permute(0, 3, 1, 2)
-        return mean.clamp(-1, 1)
-
-
 def _channels_last(x: Tensor) -> Tensor:
     """Permutes [b, c, h, w] to [b, h, w, c] in fp32, so that gradients are in channels_last memory."""
     return x.permute(0, 2, 3, 1).float()
 
 
 def make_likelihood(name: str, scale: str | float) -> Likelihood:
-    """Builds a likelihood: gaussian, laplace, logistic_mixture, mse or bce."""
+    """Builds a likelihood: gaussian, laplace, mse or bce."""
     if name in ("gaussian", "laplace"):
         return GaussianLaplace(2 if name == "gaussian" else 1, scale)
-    if name == "logistic_mixture":
-        return LogisticMixture()
     return SigmoidLikelihood("mse" if name == "mse" else "bce")
 
 

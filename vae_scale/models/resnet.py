@@ -15,7 +15,6 @@ from vae_scale.models.blocks import (
     group_norm,
     space_to_depth,
 )
-from vae_scale.models.likelihoods import make_likelihood
 from vae_scale.models.vae import VAE
 
 INITIAL_LOG_SIGMA = -2.0
@@ -36,8 +35,7 @@ class ResNetVAE(VAE):
         vector = config.latent == "vector"
         widths = [config.width * multiplier for multiplier in config.channel_mult]
         encoder = _Encoder(config, widths, side)
-        out_channels = make_likelihood(config.likelihood, config.likelihood_scale).channels
-        decoder = _Decoder(config, widths, side, out_channels)
+        decoder = _Decoder(config, widths, side)
         shape = (config.latent_channels, 1, 1) if vector else (config.latent_channels, side, side)
         super().__init__(config, resolution, shape, encoder, decoder)
 
@@ -73,7 +71,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, config: VAEConfig, widths: list[int], side: int, out_channels: int) -> None:
+    def __init__(self, config: VAEConfig, widths: list[int], side: int) -> None:
         super().__init__()
         self.patch = config.patch_size
         if config.latent == "vector":
@@ -90,7 +88,7 @@ class _Decoder(nn.Module):
                 layers.append(Upsample(width, widths[level - 1]))
         self.layers = nn.Sequential(*layers)
         self.norm = group_norm(widths[0])
-        self.head = conv(widths[0], out_channels * config.patch_size**2, zero_init=True)
+        self.head = conv(widths[0], 3 * config.patch_size**2, zero_init=True)
 
     def forward(self, latents: Tensor) -> Tensor:
         hidden = self.layers(self.stem(latents))

@@ -56,7 +56,7 @@ class ELBOTerms:
         log_prob: log p(image | latent), [b].
         kl: KL(q || p) of each latent channel, [b, c].
         log_ratio: log p(latent) - log q(latent | image) of the sampled latent, [b].
-        output: Output of the decoder, [b, likelihood.channels, h, w].
+        output: Output of the decoder, [b, 3, h, w].
     """
 
     log_prob: Tensor
