@@ -196,10 +196,10 @@ def test_a_flow_is_sampled_by_class_and_evaluated(
         with pytest.raises(SystemExit):
             sample([*few, "--num=2", f"--out={out}", f"--class={label}"])
         assert f"--class {label}: not one of airplane" in capsys.readouterr().err
-    evaluate(
-        [*few, "--images=10", "--samples=8", "--importance-samples=1", "--prior=flow", f"--json={tmp_path / 'report.json'}"]
-    )
+    sizes = ["--images=10", "--samples=8", "--importance-samples=1"]
+    evaluate([*few, *sizes, "--guidance=1.5", f"--guide={run}", "--prior=flow", f"--json={tmp_path / 'report.json'}"])
     report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["guidance"], report["guide"]) == (1.5, str(run))
     assert report["prior"] == "rectified flow (2 euler steps)"
     assert report["frechet_distance"] > 0
 

@@ -15,7 +15,7 @@ from vae_scale.config.parsing import parse
 from vae_scale.models.blocks import MIN_GROUP_CHANNELS, GroupNorm, group_norm, group_norm_channels_last
 from vae_scale.models.networks import build_model
 from vae_scale.models.vae import VAE
-from vae_scale.training.objectives import ELBO
+from vae_scale.training.objectives import ELBO, FlowMatching
 
 OPTIONS = {
     "resnet": ["--model.preset=base", "--model.num_res_blocks=1"],
@@ -74,6 +74,26 @@ def test_every_convolution_has_channels_last_inputs_and_gradients(options: list[
     with ConvolutionInputs() as recorded:
         with torch.autocast("cpu", torch.bfloat16):
             loss, _ = objective(*batch)
+        loss.backward()
+    assert recorded.count > 20
+    assert recorded.not_channels_last == []
+
+
+@pytest.mark.usefixtures("gpu_group_norm")
+def test_every_convolution_of_the_flow_has_channels_last_inputs_and_gradients() -> None:
+    torch.manual_seed(0)
+    config = parse(["--data.shards=none", "--run=none", "--model.preset=tiny"])[0]
+    model = build_model(config.model, 96)
+    flow = model.add_flow(32, 1, ["a", "b"]).to(memory_format=torch.channels_last)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    model.requires_grad_(False).to(memory_format=torch.channels_last)
+    flow.requires_grad_(True)
+    inputs = {name: torch.randn(4, *model.latent_shape) for name in ("noise", "start")}
+    inputs |= {"time": torch.rand(4), "label": torch.arange(4) % 3, "augmentation": torch.zeros(4, 6)}
+    with ConvolutionInputs() as recorded:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = FlowMatching(model, config)(torch.from_numpy(discs(4, 0)), inputs)
         loss.backward()
     assert recorded.count > 20
     assert recorded.not_channels_last == []

@@ -96,4 +96,6 @@ class FlowMatching(Objective):
         start, time = random_inputs["start"], random_inputs["time"]
         t = time[:, None, None, None]
         velocity = self.model.flow((1 - t) * latent + t * start, time, label, random_inputs["augmentation"])
-        return (velocity.float() - (start - latent)).square().flatten(1).mean(1)
+        # Permuted, so that gradients are in channels_last memory.
+        error = velocity.permute(0, 2, 3, 1).float() - (start - latent).permute(0, 2, 3, 1)
+        return error.square().mean((1, 2, 3))
