@@ -124,7 +124,7 @@ def _evaluate(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelera
     if extractor is None:
         return report
     report |= {"samples": samples, "prior": prior, "temperature": args.temperature}
-    report |= {"guidance": args.guidance, "guide": args.guide}
+    report |= {"guidance": args.guidance, **({"guide": args.guide} if args.guide else {})}
 
     def sample_latents(numbers: range) -> "Tensor":
         return model.sample_latents(numbers, args.seed, args.temperature, args.prior, sampling, args.batch_size)
