@@ -77,6 +77,8 @@ TESTED_ELSEWHERE = {
         ("tests/test_bench.py", "compare_loaders.main(", "takes minutes"),
     r"python tests/benchmarks/compare_trainers\.py .*":
         ("tests/test_trainer_peers.py", "from compare_trainers import main", "takes minutes"),
+    r"python tests/benchmarks/quality\.py .*":
+        ("tests/test_quality.py", "quality.main(", "takes minutes"),
     r"python tests/benchmarks/step_parts\.py .*":
         ("tests/test_bench.py", "step_parts.main(", "takes a minute"),
     r"python tests/benchmarks/soak\.py --kills 50 --processes 1 --precision fp32":
