@@ -24,11 +24,11 @@ from vae_scale.data.transfer import normalize_images
 from vae_scale.encode import main
 from vae_scale.errors import UserError
 from vae_scale.evaluation.encoding import encode_shards
-from vae_scale.evaluation.latents import measure_latents
+from vae_scale.evaluation.latents import iterate_posteriors, measure_latents
 from vae_scale.models.vae import VAE
 from vae_scale.pack import main as pack
 from vae_scale.runtime import checkpoint
-from vae_scale.runtime.distributed import DistContext
+from vae_scale.runtime.distributed import SINGLE_PROCESS, DistContext
 from vae_scale.training.trainer import train
 
 KINDS = {
@@ -100,7 +100,8 @@ def test_latents_match_the_model_and_keep_labels_and_order(
             decoded, expected = model.decode(latents[:5, 0]), model.reconstruct(images[:5])
             torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
     train_set = ShardSet.open(shards).select("train", "unlabeled")
-    shift, scale = measure_latents(model, train_set, len(train_set), 30)
+    posteriors = iterate_posteriors(model, train_set, len(train_set), 30, SINGLE_PROCESS)
+    shift, scale = measure_latents(posteriors)
     assert index["vae_scale"]["measured_on"] == ["train", "unlabeled"]
     np.testing.assert_allclose(index["vae_scale"]["shift"], shift.flatten(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(index["vae_scale"]["scale"], scale.flatten(), rtol=1e-4)

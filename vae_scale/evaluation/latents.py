@@ -1,7 +1,7 @@
 """Statistics of the latents of a set of images, and priors fitted to them."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import normalize_images, to_device
 from vae_scale.errors import UserError
 from vae_scale.evaluation.evaluator import iterate_batches
-from vae_scale.models.flow import AUGMENTATION_DIM
+from vae_scale.models.flow import AUGMENTATION_DIM, Flow
 from vae_scale.models.mixture import MAX_LATENT_DIM, GaussianMixture, kmeans
 from vae_scale.models.vae import VAE
 from vae_scale.randomness import per_sample_noise
@@ -48,39 +48,31 @@ def fit_prior(
     return GaussianMixture.fit(mean, sigma, seed)
 
 
-def measure_latents(
-    model: VAE, shards: ShardSet, images: int, batch_size: int, dist: DistContext = SINGLE_PROCESS
-) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation of each latent channel over at most `images` images: [c, 1, 1] each.
+def measure_latents(posteriors: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Returns mean and standard deviation of each latent channel, [c, 1, 1] each, from means and sigmas [n, c, h, w].
 
     The standard deviation is sqrt(var(mean) + E[sigma^2]).
     """
-    sums = torch.zeros(3, model.latent_shape[0], dtype=torch.float64, device=next(model.parameters()).device)
-    count = 0
-    for mean, sigma in iterate_posteriors(model, shards, min(images, len(shards)), batch_size, dist):
+    sums, count = torch.zeros(()), 0
+    for mean, sigma in posteriors:
         mean, sigma = mean.double(), sigma.double()
-        sums += torch.stack([part.sum((0, 2, 3)) for part in (mean, mean.square(), sigma.square())])
+        sums = sums + torch.stack([part.sum((0, 2, 3)) for part in (mean, mean.square(), sigma.square())])
         count += mean[:, 0].numel()
     shift, mean_square, variance = sums / count
     scale = (mean_square - shift.square() + variance).clamp(min=1e-12).sqrt()
     return shift.float()[:, None, None], scale.float()[:, None, None]
 
 
-def fit_clusters(
-    model: VAE, shards: ShardSet, images: int, batch_size: int, seed: int, dist: DistContext = SINGLE_PROCESS
-) -> None:
-    """Sets the cluster centers of a flow prior, and the frequencies of its classes, from at most `images` images by k-means.
+def fit_clusters(flow: Flow, means: Tensor, seed: int, dist: DistContext = SINGLE_PROCESS) -> None:
+    """Sets the cluster centers of a flow prior, and the frequencies of its classes, by k-means of posterior means [n, c, h, w].
 
     Raises:
         UserError: if there are fewer images than clusters.
     """
-    flow, count = model.flow, min(images, len(shards))
-    assert flow is not None
-    if count < flow.num_classes:
-        raise UserError(f"prior.clusters is {flow.num_classes}; it must be at most the number of images used, {count:,}")
-    means = torch.cat([mean for mean, _ in iterate_posteriors(model, shards, count, batch_size, dist)])
+    if len(means) < flow.num_classes:
+        raise UserError(f"prior.clusters is {flow.num_classes}; it must be at most the number of images used, {len(means):,}")
     clusters, centers = kmeans(flow.normalize(means).flatten(1), flow.num_classes, seed)
-    frequencies = torch.bincount(clusters, minlength=flow.num_classes + 1) / count
+    frequencies = torch.bincount(clusters, minlength=flow.num_classes + 1) / len(means)
     # From rank 0, since rounding may differ between GPUs.
     flow.cluster_centers, flow.class_probs = (dist.all_reduce_sum(part * (dist.rank == 0)) for part in (centers, frequencies))
 

@@ -6,7 +6,6 @@ and self-attention at the lower one.
 """
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,7 +17,6 @@ from vae_scale.models.blocks import Attention, Downsample, ResBlock, Upsample, c
 AUGMENTATION_DIM = 6  # parameters of an image's augmentation, all 0 for none
 TIME_FREQUENCIES = 64
 Solver = Literal["euler", "heun"]
-Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents [b, c, h, w] at times [b]
 
 
 class Flow(nn.Module):

@@ -15,7 +15,7 @@ from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import to_device
 from vae_scale.errors import UserError
 from vae_scale.evaluation.evaluator import evaluate
-from vae_scale.evaluation.latents import evaluate_flow, fit_clusters, measure_latents
+from vae_scale.evaluation.latents import evaluate_flow, fit_clusters, iterate_posteriors, measure_latents
 from vae_scale.models.likelihoods import bits_per_dim
 from vae_scale.models.networks import build_model
 from vae_scale.models.vae import VAE
@@ -158,12 +158,13 @@ class FlowStage(Stage):
         flow = self.model.add_flow(prior.width, prior.depth, class_names(prior, train_set), prior.clusters is not None)
         flow.to(device).to(memory_format=torch.channels_last)
         batch = 64 if config.train.batch_size == "auto" else config.train.global_batch_size // dist.world_size
-        num_images = config.evaluate.prior_fit_images
-        flow.latent_mean, flow.latent_std = measure_latents(self.model, train_set, num_images, batch, dist)
+        num_images = min(config.evaluate.prior_fit_images, len(train_set))
+        posteriors = list(iterate_posteriors(self.model, train_set, num_images, batch, dist))
+        flow.latent_mean, flow.latent_std = measure_latents(posteriors)
         if prior.clusters is None:
             flow.class_probs = label_frequencies(train_set.labels, flow.num_classes).to(device)
         else:
-            fit_clusters(self.model, train_set, num_images, batch, config.seed, dist)
+            fit_clusters(flow, torch.cat([mean for mean, _ in posteriors]), config.seed, dist)
         self.objective = FlowMatching(self.model, config)
 
     def random_inputs(self, images_seen: int, batch_size: int) -> Tensors:
