@@ -1,13 +1,14 @@
 """The rectified-flow prior: the network, its training as a second stage, and sampling."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import COUNTS, TINY
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from launch import DDP, FSDP2, losses, train
 from vae_scale import load
@@ -161,7 +162,7 @@ def test_the_second_stage_learns_and_does_not_change_the_vae(shards: Path, vae: 
     assert errors[-1] < errors[0] < 1.5
 
     model = VAE.from_pretrained(folder, "ema.safetensors")
-    assert model.describe_prior() == "rectified flow (25 heun steps)"
+    assert model.describe_prior() == "rectified flow (25 heun steps, guidance 1.6)"
     assert model.class_names == tuple(trainer.train_set.class_names)
     assert model.flow is not None
     expected = np.bincount(np.where(trainer.train_set.labels < 0, 10, trainer.train_set.labels), minlength=11)
@@ -183,26 +184,55 @@ def test_a_flow_is_sampled_by_class_and_evaluated(
     few = [f"--run={run}", "--steps=2", "--solver=euler"]
     for label in ("cat", "3"):
         sample([*few, "--num=2", f"--out={out}", f"--class={label}", "--guidance=2"])
-        assert "from the prior rectified flow (2 euler steps)" in capsys.readouterr().out
-    sample([*few, "--num=2", f"--out={out}", "--guidance=2", f"--guide={checkpoint.newest_checkpoint(run)}"])
-    for guide, guidance, message in (
-        (vae, "2", "has no flow prior"),
-        (run, "1", "has no effect without --guidance"),
-        (tmp_path, "2", "missing"),
-    ):
-        with pytest.raises(SystemExit):
-            sample([*few, "--num=2", f"--out={out}", f"--guidance={guidance}", f"--guide={guide}"])
-        assert message in capsys.readouterr().err
+        assert "from the prior rectified flow (2 euler steps, guidance 2)" in capsys.readouterr().out
     for label in ("unicorn", "10"):
         with pytest.raises(SystemExit):
             sample([*few, "--num=2", f"--out={out}", f"--class={label}"])
         assert f"--class {label}: not one of airplane" in capsys.readouterr().err
     sizes = ["--images=10", "--samples=8", "--importance-samples=1"]
-    evaluate([*few, *sizes, "--guidance=1.5", f"--guide={run}", "--prior=flow", f"--json={tmp_path / 'report.json'}"])
+    evaluate([*few, *sizes, "--guidance=1", "--prior=flow", f"--json={tmp_path / 'report.json'}"])
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["guidance"], report["guide"]) == (1.5, str(run))
-    assert report["prior"] == "rectified flow (2 euler steps)"
+    assert report["prior"] == "rectified flow (2 euler steps, guidance 1)"
     assert report["frechet_distance"] > 0
+
+
+def test_the_averaged_flow_after_a_quarter_of_training_guides_samples(shards: Path, vae: Path, tmp_path: Path) -> None:
+    def train(*more: str) -> VAE:
+        Trainer(parse(words(shards, vae, tmp_path / "flow", "--checkpoint.keep=9", "--checkpoint.every=12", *more))[0]).run()
+        return load(tmp_path / "flow")
+
+    model = train("--train.images=96")
+    first = load(tmp_path / "flow" / "checkpoints" / "images_000000012")
+    assert first.guide is None
+    assert first.describe_prior().endswith("guidance 1)")
+    quarter = load(tmp_path / "flow" / "checkpoints" / "images_000000024").flow
+    guide = model.load_guide()
+    assert guide is not None
+    assert quarter is not None
+    assert model.flow is not None
+    for name, weight in guide.state_dict().items():
+        assert torch.equal(weight, quarter.state_dict()[name])
+    assert not torch.equal(guide.head.weight, model.flow.head.weight)
+
+    few, unguided = SamplingConfig(steps=3), SamplingConfig(steps=3, guidance=1)
+    samples = model.sample(4, seed=1, sampling=few)
+    assert not torch.allclose(samples, model.sample(4, seed=1, sampling=unguided), atol=1e-3)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved").sample(4, seed=1, sampling=few), samples)
+
+    # A resumed run has the same guide.
+    for folder in ("images_000000096", "images_000000084"):
+        shutil.rmtree(tmp_path / "flow" / "checkpoints" / folder)
+    assert torch.equal(train("--train.images=96").sample(4, seed=1, sampling=few), samples)
+
+
+def test_a_guide_of_another_shape_is_a_user_error(shards: Path, vae: Path, tmp_path: Path) -> None:
+    Trainer(parse(words(shards, vae, tmp_path / "flow", "--train.images=12"))[0]).run()
+    load(tmp_path / "flow").save_pretrained(tmp_path / "saved")
+    guide = load_file(tmp_path / "saved" / "guide.safetensors")
+    save_file(guide | {"head.bias": torch.zeros(7)}, tmp_path / "saved" / "guide.safetensors")
+    with pytest.raises(UserError, match=r"head.bias: shape in the file is \[7\]"):
+        load(tmp_path / "saved")
 
 
 def test_latents_are_normalized_by_the_aggregate_posterior(shards: Path, vae: Path, tmp_path: Path) -> None:

@@ -112,12 +112,12 @@ def test_methods_share_the_stages_that_they_have_in_common(study: Study) -> None
     assert ours[0].hash == flow[0].hash == sample[0].hash != vae[0].hash
     assert len({ours[1].hash, flow[1].hash, vae[1].hash}) == 3
     assert sample[1].hash == ours[1].hash
-    assert [run.budget for run in ours] == pytest.approx([12, 48])
+    assert [run.budget for run in ours] == pytest.approx([15, 45])
 
 
 def test_variants_have_one_row_each() -> None:
     ours, variant, sample = select_methods(["ours"], ["vae --objective.beta=2", "sample --steps=3"], 32)
-    assert [row.name for row in ours.rows] == ["ours, mixture", "ours, flow", "ours, flow with autoguidance"]
+    assert [row.name for row in ours.rows] == ["ours, mixture", "ours, flow without guidance", "ours, flow"]
     assert [(row.name, row.prior) for row in variant.rows] == [("vae --objective.beta=2", "flow")]
     assert sample.rows[0].sampling == SamplingConfig(steps=3)
 
@@ -248,8 +248,8 @@ def test_comparison_writes_table_json_and_figure_and_trains_nothing_twice(
         "training images",
         "seed notebook, N(0, I)",
         "ours, mixture",
+        "ours, flow without guidance",
         "ours, flow",
-        "ours, flow with autoguidance",
         *variants,
     ]
     assert [result["name"] for result in report["results"]] == names

@@ -44,9 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="default: auto, the best")
     parser.add_argument("--steps", type=int, default=25, metavar="K", help="sampling steps of the flow (default: 25)")
     parser.add_argument("--solver", choices=["heun", "euler"], default="heun", help="solver of the flow (default: heun)")
-    parser.add_argument("--guidance", type=float, default=1.0, metavar="G", help="scale of guidance (default: 1, none)")
-    guide = "run or checkpoint of a flow for guidance (default: the flow itself, without the class)"
-    parser.add_argument("--guide", metavar="RUN", help=guide)
+    parser.add_argument("--guidance", type=float, metavar="G", help="scale of guidance (default: 1.6; 1: none)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="scale of the noise (default: 1)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images per batch and process (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
@@ -82,7 +80,6 @@ def _evaluate(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelera
 
     from vae_scale.evaluation.evaluator import ExtendedMetrics, evaluate
     from vae_scale.evaluation.frechet import frechet_distance
-    from vae_scale.evaluation.loading import load_guide
     from vae_scale.evaluation.neighbours import check_set_sizes, compute_prdc
     from vae_scale.evaluation.sampling import iterate_samples
     from vae_scale.models.vae import SamplingConfig
@@ -90,8 +87,7 @@ def _evaluate(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelera
     model, dist, device = run.model, run.dist, accelerator.device
     shards = run.open_shards(args.shards).select(args.split or run.data["test"])
     images = min(args.images or len(shards), len(shards))
-    samples, guide = args.samples or images, load_guide(args.guide, args.guidance, model)
-    sampling = SamplingConfig(args.steps, args.solver, guidance=args.guidance, guide=guide)
+    samples, sampling = args.samples or images, SamplingConfig(args.steps, args.solver, guidance=args.guidance)
     prior = model.describe_prior(args.prior, sampling)  # raises before the long computations
     if args.features != "none":
         check_set_sizes(images, samples)
@@ -124,7 +120,6 @@ def _evaluate(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelera
     if extractor is None:
         return report
     report |= {"samples": samples, "prior": prior, "temperature": args.temperature}
-    report |= {"guidance": args.guidance, **({"guide": args.guide} if args.guide else {})}
 
     def sample_latents(numbers: range) -> "Tensor":
         return model.sample_latents(numbers, args.seed, args.temperature, args.prior, sampling, args.batch_size)

@@ -43,9 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     flow.add_argument("--steps", type=int, default=25, metavar="K", help="sampling steps (default: 25)")
     flow.add_argument("--solver", choices=["heun", "euler"], default="heun", help="default: heun; euler takes half the time")
     flow.add_argument("--class", dest="class_name", metavar="NAME", help="class to sample, by name or index")
-    flow.add_argument("--guidance", type=float, default=1.0, metavar="G", help="scale of guidance (default: 1, none)")
-    guide = "run or checkpoint of a flow that has learned less, from which guidance moves away (default: dropping the class)"
-    flow.add_argument("--guide", metavar="RUN", help=guide)
+    guidance = "scale by which samples are moved away from those of an earlier state of the flow (default: 1.6; 1: none)"
+    flow.add_argument("--guidance", type=float, metavar="G", help=guidance)
     grids = parser.add_argument_group("other grids")
     mode = grids.add_mutually_exclusive_group()
     mode.add_argument("--interpolate", nargs="*", metavar="PHOTO", help="N steps between samples, or between two photos")
@@ -96,13 +95,11 @@ def _sample(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelerato
     from PIL import Image
 
     from vae_scale.evaluation.image_grids import render_grid, save_gif, save_grid, save_images, to_uint8
-    from vae_scale.evaluation.loading import load_guide
     from vae_scale.evaluation.sampling import sample_images
     from vae_scale.models.vae import SamplingConfig
 
     model, dist = run.model, run.dist
-    label, guide = _class_index(model, args.class_name), load_guide(args.guide, args.guidance, model)
-    sampling = SamplingConfig(args.steps, args.solver, label, args.guidance, guide)
+    sampling = SamplingConfig(args.steps, args.solver, _class_index(model, args.class_name), args.guidance)
     prior = f"the prior {model.describe_prior(args.prior, sampling)}"
 
     def sample_latents(num: int | range) -> "Tensor":

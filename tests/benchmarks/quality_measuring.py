@@ -96,7 +96,7 @@ class Measuring:
 
     def measure_samples(self, row: Row, run: StageRun) -> tuple[MetricsBySide, Images]:
         """Returns the metrics of the samples of a row, and the first samples."""
-        sampling = vars(row.sampling) | {"autoguidance": row.autoguidance} if row.prior == "flow" else None
+        sampling = vars(row.sampling) if row.prior == "flow" else None
         key = self._key(run.hash, row.prior, sampling)
         path = self.study.out / "metrics" / f"{key}.json"
 

@@ -23,7 +23,6 @@ BATCH = 64  # batch size of evaluation
 HELD_OUT = "test"  # the split of the held-out images
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULT_SAMPLING = SamplingConfig()
-AUTOGUIDANCE = 1.6  # scale of guidance
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: samples from a prior of a stage, given by its index.
-
-    Attributes:
-        autoguidance: Whether the guide is the first checkpoint of the flow, after a quarter of its training.
-    """
+    """A row of the table: samples from a prior of a stage, given by its index."""
 
     name: str
     prior: Prior
     stage: int = 0
     sampling: SamplingConfig = DEFAULT_SAMPLING
-    autoguidance: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,10 +75,10 @@ def make_method(name: str, side: int) -> Method:
     if name == "pythae":
         return Method(name, (Stage(name),), (Row("pythae's VAE, its GMM sampler", "gmm"),))
     patch_size = 4 if side >= 64 else 2  # maps of at least 8 x 8 latents
-    vae = Stage("vae", (_config("small.yaml"), f"--model.patch_size={patch_size}"), 0.2)
-    flow = Stage("flow", (_config("small_prior.yaml"), "--prior.vae={earlier}"), 0.8)
-    autoguided = Row("ours, flow with autoguidance", "flow", 1, SamplingConfig(guidance=AUTOGUIDANCE), autoguidance=True)
-    return Method(name, (vae, flow), (Row("ours, mixture", "gmm"), Row("ours, flow", "flow", 1), autoguided))
+    vae = Stage("vae", (_config("small.yaml"), f"--model.patch_size={patch_size}"), 0.25)
+    flow = Stage("flow", (_config("small_prior.yaml"), "--prior.vae={earlier}"), 0.75)
+    unguided = Row("ours, flow without guidance", "flow", 1, SamplingConfig(guidance=1))
+    return Method(name, (vae, flow), (Row("ours, mixture", "gmm"), unguided, Row("ours, flow", "flow", 1)))
 
 
 def select_methods(
@@ -138,13 +132,11 @@ def parse_variant(text: str, method: Method) -> Method:
     try:
         name, *options = shlex.split(text) or [""]
         last = len(method.stages) - 1
-        row = dataclasses.replace(next(row for row in method.rows if row.stage == last), name=text)
+        row = dataclasses.replace(next(row for row in reversed(method.rows) if row.stage == last), name=text)
         if name == "sample":
             if row.prior != "flow":
                 raise UserError("requires the stage flow")
-            sampling, autoguidance = parse_sampling(options)
-            row = dataclasses.replace(row, sampling=sampling, autoguidance=autoguidance)
-            return Method(text, method.stages, (row,))
+            return Method(text, method.stages, (dataclasses.replace(row, sampling=parse_sampling(options)),))
         names = [stage.name for stage in method.stages]
         if name not in names:
             raise UserError(f"unknown stage {name!r}; choose from {', '.join([*names, 'sample'])}")
@@ -161,8 +153,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_sampling(options: Sequence[str]) -> tuple[SamplingConfig, bool]:
-    """Returns the options of sampling from the flow prior, and whether to use autoguidance.
+def parse_sampling(options: Sequence[str]) -> SamplingConfig:
+    """Returns the options of sampling from the flow prior.
 
     Raises:
         UserError: An option is unknown or invalid.
@@ -171,11 +163,10 @@ def parse_sampling(options: Sequence[str]) -> tuple[SamplingConfig, bool]:
     parser.add_argument("--steps", type=int, default=default.steps)
     parser.add_argument("--solver", choices=["euler", "heun"], default=default.solver)
     parser.add_argument("--guidance", type=float, default=default.guidance)
-    parser.add_argument("--autoguidance", action="store_true")
     args = parser.parse_args(options)
     if args.steps < 1:
         raise UserError(f"--steps is {args.steps}; it must be at least 1")
-    return SamplingConfig(args.steps, args.solver, guidance=args.guidance), args.autoguidance
+    return SamplingConfig(args.steps, args.solver, guidance=args.guidance)
 
 
 def training_splits(shards: ShardSet) -> list[str]:

@@ -1,6 +1,5 @@
 """The trained models of `quality.py`, which all generate and reconstruct images as uint8 [n, h, w, 3]."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +16,7 @@ from vae_scale.data.images import Images
 from vae_scale.errors import UserError
 from vae_scale.evaluation.image_grids import to_uint8
 from vae_scale.runtime import checkpoint
+from vae_scale.runtime.launching import resolve_precision
 
 
 class Model(Protocol):
@@ -41,13 +41,12 @@ class TrainedRun:
         if folder is None:
             raise UserError(f"{run}: has no checkpoint")
         self.model = load(folder).to(DEVICE)
-        self.guide = load(checkpoint.list_checkpoints(run)[0]).to(DEVICE).flow
 
     def sample(self, indices: range, row: Row, seed: int) -> Tensor:
         """Samples from the prior of a row."""
-        sampling = dataclasses.replace(row.sampling, guide=self.guide) if row.autoguidance else row.sampling
-        latents = self.model.sample_latents(indices, seed, prior=row.prior, sampling=sampling, batch_size=BATCH)
-        return self.model.decode_batches(latents, BATCH)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=resolve_precision("auto") == "bf16"):  # as `vae_scale.sample` does
+            latents = self.model.sample_latents(indices, seed, prior=row.prior, sampling=row.sampling, batch_size=BATCH)
+            return self.model.decode_batches(latents, BATCH)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Decodes the mean of the posterior of each image."""

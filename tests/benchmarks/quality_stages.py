@@ -84,7 +84,12 @@ class StageRun:
     @cached_property
     def hash(self) -> str:
         """Hash of the settings."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+        return _hash(self.settings)
+
+    @property
+    def cost_hash(self) -> str:
+        """Hash of the settings that the cost depends on: all except seeds."""
+        return _hash(self.settings | {"seed": None, "earlier": self.earlier.cost_hash if self.earlier else None})
 
     @property
     def name(self) -> str:
@@ -119,12 +124,13 @@ class StageRun:
         earlier = self.earlier.folder if self.earlier else ""
         options = [option.replace("{earlier}", str(earlier)) for option in self.stage.options]
         data = [f"--data.shards={shards.storage.root}", f"--data.train={','.join(training_splits(shards))}"]
-        # The first checkpoint of a flow is a guide for autoguidance. Those of a VAE would each fit a mixture.
-        interval = images // 4 if self.earlier else images
-        duration = [f"--train.images={images}", f"--evaluate.every={images}"]
-        duration += [f"--checkpoint.every={max(interval, 1)}", "--checkpoint.keep=9"]
+        duration = [f"--{option}={images}" for option in ("train.images", "evaluate.every", "checkpoint.every")]
         paths = [f"--run={run}", f"--seed={self.seed}"]
         return [sys.executable, "-m", "vae_scale.train", *COMMON, *options, *data, *paths, *duration]
+
+
+def _hash(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _expand_config(option: str) -> Any:
@@ -247,23 +253,39 @@ def train_within(budget: float, cost: Callable[[int], float], images: int, fixed
     return attempts
 
 
+def estimate_images(run: StageRun) -> tuple[int, float]:
+    """Returns the number of images that the budget of a run allows, and its fixed seconds.
+
+    They are those of the same stage with another seed, if it has been trained, and else measured.
+
+    Raises:
+        UserError: The budget is too small.
+    """
+    for path in sorted(run.folder.parent.glob("*/stage.json")):
+        record = json.loads(path.read_text())
+        if record["cost_hash"] == run.cost_hash:
+            return record["images"], record["fixed_seconds"]
+    folder = run.folder.with_name(f"{run.name}-calibration")
+    fixed, per_image = calibrate(lambda images: measure_cost(run, folder, images), run.batch, run.budget)
+    shutil.rmtree(folder)
+    return affordable_images(run.budget, fixed, per_image, run.batch), fixed
+
+
 def train_stage(run: StageRun, label: str) -> None:
     """Trains a stage within its budget, unless it is already trained. `label` names it in messages.
 
     Raises:
         UserError: The budget is too small, or the training fails.
     """
-    folder, calibration = run.folder, run.folder.with_name(f"{run.name}-calibration")
+    folder = run.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{run.name}.lock")):
         if record := run.record():
             log(f"{label}: already trained on {record['images']:,} images")
             return
-        log(f"{label}: measuring the time per image")
-        fixed, per_image = calibrate(lambda images: measure_cost(run, calibration, images), run.batch, run.budget)
-        shutil.rmtree(calibration)
-        images = affordable_images(run.budget, fixed, per_image, run.batch)
-        log(f"{label}: {per_image * 1000:.2f} ms per image and {fixed:.1f} s overhead; training on {images:,} images")
+        log(f"{label}: estimating the number of images")
+        images, fixed = estimate_images(run)
+        log(f"{label}: training on {images:,} images; {fixed:.1f} s of overhead")
 
         def cost(images: int) -> float:
             seconds = measure_cost(run, folder, images)
@@ -272,7 +294,9 @@ def train_stage(run: StageRun, label: str) -> None:
 
         attempts = train_within(run.budget, cost, images, fixed, run.batch)
         images, seconds = attempts[-1]
-        write_json(folder / "stage.json", run.settings | {"images": images, "seconds": seconds, "attempts": attempts})
+        result = {"images": images, "seconds": seconds, "attempts": attempts}
+        result |= {"fixed_seconds": fixed, "cost_hash": run.cost_hash}
+        write_json(folder / "stage.json", run.settings | result)
 
 
 def train_methods(study: Study, methods: list[Method], seeds: range) -> dict[tuple[str, int], list[StageRun]]:

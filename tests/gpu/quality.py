@@ -27,7 +27,6 @@ LATE, SAVING, LEAST = 4.0, 8.0, 60.0  # seconds until SIGTERM, from SIGTERM to S
 CALIBRATION = 2.0  # seconds of steps from which the number of images is computed
 SAMPLES, SHOWN, NEAREST, COMPARED_SIDE = 64, 16, 5, 16
 LATENT_SIDES = range(8, 13)
-GUIDANCE = 1.6  # scale of autoguidance; the guide is the flow after a quarter of its training
 SHOWN_METRICS = {"psnr": "PSNR {:.2f} dB", "bits_per_dim": "{:.3f} bits/dim", "ssim": "SSIM {:.3f}"}
 SHOWN_METRICS |= {"velocity_error": "velocity error {:.4f}", "frechet_distance": "Frechet distance {:.1f} (EfficientNet-Lite0)"}
 COMMON = [
@@ -35,7 +34,6 @@ COMMON = [
     "--optimizer.warmup_images=20000",
     "--evaluate.prior_fit_images=2000",
     "--evaluate.images=1000",
-    "--checkpoint.keep=9",
 ]
 TINY = ["--train.batch_size=8", "--optimizer.warmup_images=64", "--evaluate.prior_fit_images=32", "--evaluate.images=32"]
 
@@ -57,17 +55,13 @@ def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
         return
 
     model = [f"--run={trained[-1]}"]
-    guided = [*model]
-    if len(trained) == len(runs):
-        first = min((runs[-1] / "checkpoints").glob("images_*"), key=lambda folder: folder.name)
-        guided += [f"--guidance={GUIDANCE}", f"--guide={first}"]
     samples, report = settings.scratch / "drawn", settings.scratch / "metrics.json"
     features = "efficientnet_lite0" if has("efficientnet_lite_pytorch") and not settings.rehearse else "none"
     sample = ["sample", f"--steps={2 if settings.rehearse else 25}"]
     commands = {
-        "samples.png": [*sample, *guided, f"--num={SAMPLES}", f"--save-images={samples}", f"--out={out / 'samples.png'}"],
+        "samples.png": [*sample, *model, f"--num={SAMPLES}", f"--save-images={samples}", f"--out={out / 'samples.png'}"],
         "reconstructions.png": [*sample, *model, "--num=32", "--reconstruct", f"--out={out / 'reconstructions.png'}"],
-        METRICS: ["evaluate", *guided, "--images=2000", "--importance-samples=0", f"--features={features}", f"--json={report}"],
+        METRICS: ["evaluate", *model, "--images=2000", "--importance-samples=0", f"--features={features}", f"--json={report}"],
     }
     if has("plotly") and has("jinja2"):
         commands["report.html"] = ["report", *trained, f"--out={out / 'report.html'}"]
@@ -136,8 +130,6 @@ def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
     left = plan["ends"][name] - time.time() - (1.0 if settings.rehearse else TAIL)
     train.images = trainer.images_seen + max(1, int(0.95 * left * speed)) * train.global_batch_size
     train.log_every = 5 if settings.rehearse else 50
-    if name == FLOW:
-        trainer.config.checkpoint.every = max(1, train.images // 4)
     begin = time.perf_counter()
     trainer.run()
     lines = [json.loads(line) for line in (trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()]

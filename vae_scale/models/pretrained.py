@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vae_scale.errors import UserError, one_line
 from vae_scale.models.mixture import GaussianMixture
 
-CONFIG, MIXTURE = "config.json", "mixture.safetensors"
+CONFIG, MIXTURE, GUIDE = "config.json", "mixture.safetensors", "guide.safetensors"
 WEIGHTS, AVERAGED_WEIGHTS = "model.safetensors", "ema.safetensors"
 FORMAT_VERSION = 4  # of config.json and of the parameters' names and meaning
 MAX_SIZE = 2**16  # pixels, channels or blocks that config.json may describe
@@ -28,10 +28,14 @@ class PretrainedModel(nn.Module, ABC):
 
     Attributes:
         mixture: The learned Gaussian mixture prior, or None.
+        flow: The learned flow prior, or None.
+        guide: Earlier weights of the flow prior, or None.
         latent_shape: (c, h, w).
     """
 
     mixture: GaussianMixture | None
+    flow: nn.Module | None
+    guide: dict[str, Tensor] | None
     latent_shape: tuple[int, int, int]
 
     @abstractmethod
@@ -44,13 +48,15 @@ class PretrainedModel(nn.Module, ABC):
         """Builds an untrained model from the content of `config.json`; `name` is the file's name in error messages."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `config.json`, `model.safetensors` and the mixture prior, if there is one, to `folder`."""
+        """Writes `config.json`, `model.safetensors`, and the mixture prior and the guide of the flow if there are any."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(self.to_config(), indent=2))
         if self.mixture:
             save_file(vars(self.mixture), folder / MIXTURE)
+        if self.guide:
+            save_file({name: tensor.contiguous() for name, tensor in self.guide.items()}, folder / GUIDE)
 
     def push_to_hub(self, repo: str, private: bool = False) -> str:
         """Uploads the model to the repository `repo` of the Hugging Face Hub and returns its URL."""
@@ -87,6 +93,9 @@ class PretrainedModel(nn.Module, ABC):
             if (folder / MIXTURE).is_file():
                 model.mixture = GaussianMixture(**load_file(folder / MIXTURE))
                 model.mixture.check(math.prod(model.latent_shape))
+            if model.flow is not None and (folder / GUIDE).is_file():
+                model.guide = load_file(folder / GUIDE)
+                _check_shapes(model.flow, model.guide)
         except FileNotFoundError as error:
             raise UserError(f"{error.filename or folder / weights}: missing; give the folder of a model") from None
         except (LookupError, TypeError, ValueError, AttributeError, OSError, RuntimeError, SafetensorError) as error:
@@ -128,7 +137,7 @@ def _resolve_folder(name: str | Path, weights: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        patterns = [CONFIG, MIXTURE, *([weights] if weights else [WEIGHTS, AVERAGED_WEIGHTS])]
+        patterns = [CONFIG, MIXTURE, GUIDE, *([weights] if weights else [WEIGHTS, AVERAGED_WEIGHTS])]
         return Path(snapshot_download(str(name), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{name}: neither a folder nor a model on the Hub ({type(error).__name__})") from None

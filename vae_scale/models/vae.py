@@ -1,5 +1,6 @@
 """The variational autoencoder (VAE), common to all networks."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -19,6 +20,7 @@ from vae_scale.models.pretrained import FORMAT_VERSION, PretrainedModel, positiv
 from vae_scale.randomness import per_sample_noise
 
 Prior = Literal["auto", "normal", "gmm", "flow"]
+DEFAULT_GUIDANCE = 1.6
 
 
 @dataclass
@@ -78,15 +80,13 @@ class SamplingConfig:
         steps: Steps of the solver.
         solver: euler evaluates the flow once per step, heun twice.
         label: Class label; None draws the class of each sample with the frequencies of the training images.
-        guidance: Scale of guidance; 1 for none. See `Flow.sample`.
-        guide: A flow over the same latents that has learned less, for autoguidance; None guides by dropping the class.
+        guidance: Scale of guidance, 1 for none; None: `DEFAULT_GUIDANCE` if the model has a guide, else 1. See `Flow.sample`.
     """
 
     steps: int = 25
     solver: Solver = "heun"
     label: int | None = None
-    guidance: float = 1.0
-    guide: Flow | None = None
+    guidance: float | None = None
 
 
 class VAE(PretrainedModel):
@@ -104,6 +104,7 @@ class VAE(PretrainedModel):
         likelihood: p(image | latent).
         mixture: The Gaussian mixture prior, or None before it is fitted.
         flow: The flow prior, or None before the second training stage.
+        guide: Earlier weights of the flow prior, which guide its samples; None early in its training.
         class_names: Names of the class labels of the flow prior.
     """
 
@@ -118,6 +119,7 @@ class VAE(PretrainedModel):
         self.likelihood = make_likelihood(config.likelihood, config.likelihood_scale)
         self.mixture: GaussianMixture | None = None
         self.flow: Flow | None = None
+        self.guide: dict[str, Tensor] | None = None
         self.class_names: tuple[str, ...] = ()
 
     @property
@@ -160,11 +162,26 @@ class VAE(PretrainedModel):
         """Returns a description of the prior that `sample_latents` uses."""
         prior, sampling = self.resolve_prior(prior), sampling or SamplingConfig()
         if prior == "flow":
-            return f"rectified flow ({sampling.steps} {sampling.solver} steps)"
+            guidance = self.resolve_guidance(sampling)
+            return f"rectified flow ({sampling.steps} {sampling.solver} steps, guidance {guidance:g})"
         if prior == "gmm":
             assert self.mixture is not None
             return f"mixture of {len(self.mixture.weights)} Gaussians"
         return "N(0, I)"
+
+    def resolve_guidance(self, sampling: SamplingConfig) -> float:
+        """Returns the scale of guidance of the flow prior."""
+        if sampling.guidance is None:
+            return DEFAULT_GUIDANCE if self.guide else 1.0
+        return sampling.guidance
+
+    def load_guide(self) -> Flow | None:
+        """Returns the flow prior with the weights `guide`, or None if there are none."""
+        if self.flow is None or self.guide is None:
+            return None
+        guide = copy.deepcopy(self.flow)
+        guide.load_state_dict(self.guide)
+        return guide
 
     def sample_latents(
         self,
@@ -198,7 +215,8 @@ class VAE(PretrainedModel):
         noise = temperature * per_sample_noise(indices, self.latent_shape, seed, "sample")
         if prior == "normal":
             return noise
-        flow, config, device = self.flow, sampling or SamplingConfig(), next(self.parameters()).device
+        flow, guide, config = self.flow, self.load_guide(), sampling or SamplingConfig()
+        guidance, device = self.resolve_guidance(config), next(self.parameters()).device
         assert flow is not None
         if config.label is None:
             uniform = torch.special.ndtr(per_sample_noise(indices, (1,), seed, "class")[:, 0].double())
@@ -206,7 +224,7 @@ class VAE(PretrainedModel):
         else:
             labels = torch.full((len(indices),), config.label, device=device)
         latents = [
-            flow.sample(part.to(device), label, config.guidance, config.steps, config.solver, config.guide).cpu()
+            flow.sample(part.to(device), label, guidance, config.steps, config.solver, guide).cpu()
             for part, label in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
         ]
         return torch.cat(latents)
@@ -240,7 +258,7 @@ class VAE(PretrainedModel):
 
     def add_flow(self, width: int, depth: int, class_names: Sequence[str], clustered: bool = False) -> Flow:
         """Adds an untrained flow prior, which replaces an existing one. See `Flow`."""
-        self.class_names = tuple(class_names)
+        self.class_names, self.guide = tuple(class_names), None
         self.flow = Flow(width, depth, self.latent_shape, len(class_names), clustered)
         return self.flow
 

@@ -13,6 +13,7 @@ from vae_scale.config.options import Config, to_dict
 from vae_scale.config.parsing import check_batch_size
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError, one_line
+from vae_scale.models.pretrained import GUIDE
 from vae_scale.models.vae import VAE
 from vae_scale.runtime import checkpoint
 from vae_scale.runtime.consistency import check_identical_weights, combine_fingerprints, fingerprint
@@ -48,7 +49,8 @@ def resume(
     if images_seen < 0:
         return NEW_RUN, {}
     folder = checkpoint.checkpoint_folder(config.run_dir, images_seen)
-    state, tensors = checkpoint.load_checkpoint(folder, "model", "ema", "optimizer")
+    names = ["model", "ema", "optimizer", *(["guide"] if (folder / GUIDE).is_file() else [])]
+    state, tensors = checkpoint.load_checkpoint(folder, *names)
     if config.train.batch_size == "auto":
         config.train.batch_size = state["config"]["train"]["batch_size"]
         check_batch_size(config, accelerator.num_processes)
@@ -62,6 +64,8 @@ def resume(
     try:
         model.load_state_dict(tensors["model"])
         ema.model.load_state_dict(tensors["ema"])
+        ema.model.guide = tensors.get("guide")
+        ema.model.load_guide()  # checks the shapes
     except RuntimeError as error:
         raise UserError(
             f"{folder}: does not match this network ({one_line(error):.200}); delete it to use the previous one"

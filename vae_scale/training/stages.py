@@ -59,6 +59,10 @@ class Stage(ABC):
         """Adds the labels of the images at `rows`, if the objective is conditioned on labels."""
         return random_inputs
 
+    def is_guide_due(self, images_seen: int) -> bool:
+        """Whether the weights after `images_seen` images, or earlier ones, guide samples of the final model."""
+        return False
+
     def schedule_values(self, images_seen: int) -> tuple[Tensor, ...]:
         """Returns the scheduled arguments of the objective: scalars."""
         return ()
@@ -192,6 +196,10 @@ class FlowStage(Stage):
             labels = self.labels[to_device(rows, self.device)]
             is_dropped |= (labels < 0) | (labels >= num_classes)  # labels of other WebDatasets may have no class name
         return random_inputs | {"label": labels.masked_fill(is_dropped, num_classes)}
+
+    def is_guide_due(self, images_seen: int) -> bool:
+        """Returns True after a quarter of the training."""
+        return images_seen >= self.config.train.images // 4
 
     def format_metrics(self, means: Mapping[str, float], images_seen: int) -> tuple[dict[str, float], str]:
         """See `Stage`."""

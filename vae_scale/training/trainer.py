@@ -157,6 +157,8 @@ class Trainer:
         if self._should_stop():
             self.save_checkpoint()
             return
+        if self.stage.is_guide_due(self.images_seen) and self.ema.model.guide is None:
+            self.keep_guide()
         is_evaluation_due = self._is_due(self.config.evaluate.every)
         is_checkpoint_due = self._is_due(self.config.checkpoint.every)
         if is_evaluation_due or is_checkpoint_due or self._is_preview_due():
@@ -284,6 +286,12 @@ class Trainer:
         text = ", ".join(f"{name} {value:,.3f}" for name, value in results.items() if isinstance(value, float))
         self.terminal.print_message(f"{self.images_seen:,} images: held-out {text}")
 
+    def keep_guide(self) -> None:
+        """Keeps the averaged weights of the flow prior as the guide of its later samples."""
+        with self.ema.gathered() as model:
+            assert model.flow is not None
+            model.guide = {name: value.clone() for name, value in model.flow.state_dict().items()}
+
     def save_checkpoint(self) -> None:
         """Writes a checkpoint in the background. All processes must call it."""
         self.watchdog.heartbeat(f"the checkpoint after {self.images_seen:,} images")
@@ -292,6 +300,8 @@ class Trainer:
         mixture = self.ema.model.mixture
         if mixture and (self.mixture_fitted_at == self.images_seen or not self.stage.fits_mixture):
             tensors["mixture"] = iter(vars(mixture).items())
+        if guide := self.ema.model.guide:
+            tensors["guide"] = iter(guide.items())
         scaler = self.accelerator.scaler
         state = {
             "images_seen": self.images_seen,
