@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_a_flow_is_sampled_by_class_and_evaluated(
     shards: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "flow", tmp_path / "x.png"
-    Trainer(parse(words(shards, vae, run, "--train.images=12"))[0]).run()
+    Trainer(parse(words(shards, vae, run, "--train.images=48", "--optimizer.lr=0.01"))[0]).run()
     few = [f"--run={run}", "--steps=2", "--solver=euler"]
     for label in ("cat", "3"):
         sample([*few, "--num=2", f"--out={out}", f"--class={label}", "--guidance=2"])
@@ -190,10 +191,21 @@ def test_a_flow_is_sampled_by_class_and_evaluated(
             sample([*few, "--num=2", f"--out={out}", f"--class={label}"])
         assert f"--class {label}: not one of airplane" in capsys.readouterr().err
     sizes = ["--images=10", "--samples=8", "--importance-samples=1"]
-    evaluate([*few, *sizes, "--guidance=1", "--prior=flow", f"--json={tmp_path / 'report.json'}"])
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["prior"] == "rectified flow (2 euler steps, guidance 1)"
-    assert report["frechet_distance"] > 0
+
+    def evaluate_samples(*guidance: str) -> dict[str, Any]:
+        evaluate([*few, *sizes, "--guidance", *guidance, "--prior=flow", f"--json={tmp_path / 'report.json'}"])
+        report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+        return report
+
+    one = evaluate_samples("1")
+    assert one["prior"] == "rectified flow (2 euler steps, guidance 1)"
+    assert one["frechet_distance"] > 0
+    both = evaluate_samples("2", "1")
+    assert both["prior"][1] == one["prior"]
+    for metric in ("frechet_distance", "precision", "coverage"):
+        assert both[metric][1] == pytest.approx(one[metric])
+    assert both["frechet_distance"][0] != both["frechet_distance"][1]
+    assert both["reconstruction_frechet_distance"] == pytest.approx(one["reconstruction_frechet_distance"])
 
 
 def test_the_averaged_flow_after_a_quarter_of_training_guides_samples(shards: Path, vae: Path, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="default: auto, the best")
     parser.add_argument("--steps", type=int, default=25, metavar="K", help="sampling steps of the flow (default: 25)")
     parser.add_argument("--solver", choices=["heun", "euler"], default="heun", help="solver of the flow (default: heun)")
-    parser.add_argument("--guidance", type=float, metavar="G", help="scale of guidance (default: 1.6; 1: none)")
+    guidance = "scale of guidance (default: 1.6; 1: none); with several, the metrics of samples are lists"
+    parser.add_argument("--guidance", type=float, nargs="+", metavar="G", help=guidance)
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="scale of the noise (default: 1)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images per batch and process (default: 64)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
@@ -87,8 +88,9 @@ def _evaluate(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelera
     model, dist, device = run.model, run.dist, accelerator.device
     shards = run.open_shards(args.shards).select(args.split or run.data["test"])
     images = min(args.images or len(shards), len(shards))
-    samples, sampling = args.samples or images, SamplingConfig(args.steps, args.solver, guidance=args.guidance)
-    prior = model.describe_prior(args.prior, sampling)  # raises before the long computations
+    samples, scales = args.samples or images, args.guidance or [None]
+    samplings = [SamplingConfig(args.steps, args.solver, guidance=scale) for scale in scales]
+    priors = [model.describe_prior(args.prior, sampling) for sampling in samplings]  # raises before the long computations
     if args.features != "none":
         check_set_sizes(images, samples)
     report: dict[str, Any] = {
@@ -104,7 +106,7 @@ def _evaluate(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelera
         "features": args.features,
     }
     extractor, lpips = _load_networks(args, accelerator)
-    features: dict[str, list[Tensor]] = {"real": [], "reconstructed": [], "fake": []}
+    features: dict[str, list[Tensor]] = {"real": [], "reconstructed": [], **{prior: [] for prior in priors}}
 
     def add_features(name: str, images: "Tensor") -> None:
         if extractor:
@@ -119,21 +121,28 @@ def _evaluate(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelera
     report |= evaluate(model, shards, images, batch_size, args.seed, dist, extended)
     if extractor is None:
         return report
-    report |= {"samples": samples, "prior": prior, "temperature": args.temperature}
+    report |= {"samples": samples, "prior": _single_or_list(priors), "temperature": args.temperature}
+    for prior, sampling in zip(priors, samplings, strict=True):
 
-    def sample_latents(numbers: range) -> "Tensor":
-        return model.sample_latents(numbers, args.seed, args.temperature, args.prior, sampling, args.batch_size)
+        def sample_latents(numbers: range, sampling: SamplingConfig = sampling) -> "Tensor":
+            return model.sample_latents(numbers, args.seed, args.temperature, args.prior, sampling, args.batch_size)
 
-    for _, batch in iterate_samples(model, sample_latents, samples, args.batch_size, dist):
-        add_features("fake", batch)
+        for _, batch in iterate_samples(model, sample_latents, samples, args.batch_size, dist):
+            add_features(prior, batch)
     if accelerator.is_main_process:
         real, reconstructed = (torch.cat(features[name])[:images].to(device) for name in ("real", "reconstructed"))
-        fake = torch.cat(features["fake"])[:samples].to(device)
         name = "fid" if args.features == "inception" else "frechet_distance"
-        report[name] = frechet_distance(fake, real)
         report[f"reconstruction_{name}"] = frechet_distance(reconstructed, real)
-        report |= compute_prdc(real, fake)
+        results = []
+        for prior in priors:
+            fake = torch.cat(features[prior])[:samples].to(device)
+            results.append({name: frechet_distance(fake, real)} | compute_prdc(real, fake))
+        report |= {metric: _single_or_list([result[metric] for result in results]) for metric in results[0]}
     return report
+
+
+def _single_or_list(values: list[Any]) -> Any:
+    return values if len(values) > 1 else values[0]
 
 
 def _load_networks(
@@ -161,7 +170,8 @@ def _print_report(report: dict[str, Any]) -> None:
             raise UserError(f"{report['checkpoint']}: {name} is not finite; the model has diverged")
         text = f"{value:.6g}" if isinstance(value, float) else str(value)
         if isinstance(value, list):
-            text = " ".join(f"{x:.4g}" for x in value[:8]) + (f" ... ({len(value)})" if len(value) > 8 else "")
+            shown = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in value[:8])
+            text = "; ".join(shown) + (f" ... ({len(value)})" if len(value) > 8 else "")
         print(f"{name:<{width}}  {text}")
     count = min(report["images"], report.get("samples", UNBIASED_IMAGES))
     if "samples" in report and count < UNBIASED_IMAGES:
