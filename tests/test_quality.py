@@ -122,6 +122,12 @@ def test_variants_have_one_row_each() -> None:
     assert sample.rows[0].sampling == SamplingConfig(steps=3)
 
 
+def test_a_variant_changes_the_share_of_a_stage(study: Study) -> None:
+    variants = ["vae --share=0.4", "flow --share=0.9 --prior.depth=2"]
+    budgets = [[run.budget for run in plan_runs(study, method, 0)] for method in select_methods([], variants, 32)]
+    assert budgets == [pytest.approx([24, 36]), pytest.approx([6, 54])]
+
+
 def test_first_stage_gets_the_whole_budget_if_it_is_the_only_one(study: Study) -> None:
     ours, variant = select_methods(["ours"], ["vae --objective.beta=2"], 32, ["vae"])
     assert [run.budget for run in plan_runs(study, ours, 0)] == [study.budget]
@@ -139,6 +145,8 @@ def test_first_stage_gets_the_whole_budget_if_it_is_the_only_one(study: Study) -
         (([], ["sample --steps=0"]), "at least 1"),
         (([], ["sample --steps=2"], ["vae"]), "requires the stage flow"),
         (([], ["flow --prior.depth=4"], ["vae"]), "unknown stage 'flow'"),
+        (([], ["vae --share=2"]), "must be between 0 and 1"),
+        (([], ["vae --share=0.5"], ["vae"]), "requires several stages"),
         ((["ours"], [], ["flow"]), "must be the first of vae,flow"),
         (([], ["vae --seed=1", "vae --seed=1"]), "twice"),
     ],

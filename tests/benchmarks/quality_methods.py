@@ -21,6 +21,7 @@ from vae_scale.models.vae import Prior, SamplingConfig
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 64  # batch size of evaluation
 HELD_OUT = "test"  # the split of the held-out images
+SHARE = "--share="  # option of a stage in variants
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEFAULT_SAMPLING = SamplingConfig()
 
@@ -122,8 +123,8 @@ def parse_variant(text: str, method: Method) -> Method:
     """Returns a variant of a method, with a single row: samples of its last stage.
 
     Args:
-        text: "STAGE OPTIONS" appends options of `vae_scale.train` to a stage. "sample OPTIONS" changes the sampling from the
-            flow prior.
+        text: "STAGE OPTIONS" appends options of `vae_scale.train` to a stage; the option --share=S sets its share of the
+            budget, and the other stages get the rest. "sample OPTIONS" changes the sampling from the flow prior.
         method: The method.
 
     Raises:
@@ -140,12 +141,31 @@ def parse_variant(text: str, method: Method) -> Method:
         names = [stage.name for stage in method.stages]
         if name not in names:
             raise UserError(f"unknown stage {name!r}; choose from {', '.join([*names, 'sample'])}")
+        stages = [*method.stages]
         index = names.index(name)
-        stage = dataclasses.replace(method.stages[index], options=(*method.stages[index].options, *options))
+        shares = [option for option in options if option.startswith(SHARE)]
+        stages[index] = stage = dataclasses.replace(
+            stages[index], options=(*stages[index].options, *(option for option in options if option not in shares))
+        )
         parse(stage.options)
+        if shares:
+            stages = set_share(stages, index, float(shares[-1].removeprefix(SHARE)))
     except (UserError, ValueError) as error:
         raise UserError(f"--variant {text!r}: {error}") from None
-    return Method(text, (*method.stages[:index], stage, *method.stages[index + 1 :]), (row,))
+    return Method(text, tuple(stages), (row,))
+
+
+def set_share(stages: Sequence[Stage], index: int, share: float) -> list[Stage]:
+    """Returns the stages with another share of the budget for the one at `index`.
+
+    Raises:
+        ValueError: The share is not between 0 and 1, or there are no other stages.
+    """
+    if not 0 < share < 1 or len(stages) == 1:
+        raise ValueError(f"{SHARE}{share:g}: must be between 0 and 1, and requires several stages")
+    others = sum(stage.share for stage in stages) - stages[index].share
+    shares = [share if i == index else stage.share / others * (1 - share) for i, stage in enumerate(stages)]
+    return [dataclasses.replace(stage, share=value) for stage, value in zip(stages, shares, strict=True)]
 
 
 class _Parser(argparse.ArgumentParser):

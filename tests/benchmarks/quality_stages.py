@@ -190,7 +190,7 @@ def calibrate(cost: Callable[[int], float], batch: int, budget: float) -> tuple[
     Raises:
         UserError: The budget is smaller than the shortest run.
     """
-    few, many, min_difference = batch, 3 * batch, min(30.0, budget / 20)
+    few, many, min_difference = batch, 3 * batch, min(60.0, budget / 8)
     first = cost(few)
     check_budget(budget, first)
     while True:
