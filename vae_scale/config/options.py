@@ -150,14 +150,12 @@ class PriorConfig:
         width: Channels of the U-Net; a multiple of 32.
         depth: Residual blocks before and after the middle of the U-Net, which has twice as many.
         clusters: Number of clusters of the latents that are the classes. null: the labels of the images are the classes.
-        class_dropout_prob: Probability of training without the class, for classifier-free guidance.
     """
 
     vae: str | None = None
     width: PositiveInt = 256
     depth: BlockCount = 2
     clusters: PositiveInt | None = None
-    class_dropout_prob: Ratio = 0.1
 
 
 @dataclass

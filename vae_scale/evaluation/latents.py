@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,13 +94,13 @@ def evaluate_flow(
     """
     assert model.flow is not None
     images, device = min(images, len(shards)), next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total, labels = torch.zeros((), dtype=torch.float64, device=device), torch.from_numpy(shards.labels)
     for numbers, pixels, weights in iterate_batches(shards, images, batch_size, dist, device):
         inputs = {
             "noise": per_sample_noise(numbers, model.latent_shape, seed, "evaluation"),
             "start": per_sample_noise(numbers, model.latent_shape, seed, "flow evaluation"),
             "time": torch.tensor([(number + 0.5) * GOLDEN_RATIO % 1 for number in numbers]),  # a low-discrepancy sequence
-            "label": torch.full((batch_size,), model.flow.num_classes),  # unconditional
+            "label": labels[np.minimum(numbers, images - 1)],
             "augmentation": torch.zeros(batch_size, AUGMENTATION_DIM),
         }
         error = velocity_error(normalize_images(pixels), {name: to_device(value, device) for name, value in inputs.items()})

@@ -83,9 +83,15 @@ class Flow(nn.Module):
         """Returns latents with mean 0 and standard deviation 1 in each channel."""
         return (latents - self.latent_mean) / self.latent_std
 
-    def assign_clusters(self, means: Tensor) -> Tensor:
-        """Returns the cluster of each posterior mean [b, c, h, w], not normalized: int64 [b]."""
-        assert self.cluster_centers is not None
+    def assign_classes(self, labels: Tensor, means: Tensor) -> Tensor:
+        """Returns the class of each image for `forward`, int64 [b].
+
+        Args:
+            labels: Labels of the images, int64 [b]. Those without a class name become `num_classes`. Not used with clusters.
+            means: Posterior means, not normalized, [b, c, h, w], which determine the clusters.
+        """
+        if self.cluster_centers is None:
+            return torch.where((labels >= 0) & (labels < self.num_classes), labels, self.num_classes)
         return torch.cdist(self.normalize(means).flatten(1), self.cluster_centers).argmin(1)
 
     def sample_labels(self, uniform: Tensor) -> Tensor:
@@ -129,24 +135,22 @@ class Flow(nn.Module):
         Args:
             noise: Samples of N(0, I), [b, c, h, w].
             label: int64 [b], `num_classes` for no class.
-            guidance: Scale by which the velocity is extrapolated from that of a guide, 1 for none.
+            guidance: Scale by which the velocity is extrapolated from that of the guide, 1 for none.
             steps: Number of steps.
             solver: euler evaluates the network once per step, heun twice (the last step once).
-            guide: A flow that has learned less, for autoguidance (Karras et al., 2024, eq. 3). None: this flow without the
-                class, which is classifier-free guidance (1 + w in Ho & Salimans, 2021, eq. 6).
+            guide: A flow that has learned less (autoguidance; Karras et al., 2024, eq. 3), or None for no guidance.
 
         Returns:
             Latents for the decoder, not normalized, [b, c, h, w].
         """
         augmentation = torch.zeros(len(noise), AUGMENTATION_DIM, device=noise.device)
-        guide_label = label if guide else torch.full_like(label, self.num_classes)
 
         def velocity(z: Tensor, t: float) -> Tensor:
             time = torch.full((len(z),), t, device=z.device)
             own = self(z, time, label, augmentation).float()
-            if guidance == 1:
+            if guide is None or guidance == 1:
                 return own
-            other = (guide or self)(z, time, guide_label, augmentation).float()
+            other = guide(z, time, label, augmentation).float()
             return other + guidance * (own - other)
 
         z = noise

@@ -170,9 +170,15 @@ class VAE(PretrainedModel):
         return "N(0, I)"
 
     def resolve_guidance(self, sampling: SamplingConfig) -> float:
-        """Returns the scale of guidance of the flow prior."""
+        """Returns the scale of guidance of the flow prior.
+
+        Raises:
+            UserError: if it is not 1 and the model has no guide.
+        """
         if sampling.guidance is None:
             return DEFAULT_GUIDANCE if self.guide else 1.0
+        if sampling.guidance != 1 and not self.guide:
+            raise UserError(f"guidance {sampling.guidance:g}: the flow prior has no guide before a quarter of its training")
         return sampling.guidance
 
     def load_guide(self) -> Flow | None:
@@ -206,7 +212,7 @@ class VAE(PretrainedModel):
             [num, *latent_shape], on the CPU.
 
         Raises:
-            UserError: if the model has no such prior.
+            UserError: if the model has no such prior, or if guidance requires a guide that it does not have.
         """
         prior, indices = self.resolve_prior(prior), range(num) if isinstance(num, int) else num
         if prior == "gmm":

@@ -84,15 +84,13 @@ class FlowMatching(Objective):
         Args:
             x: [b, 3, h, w] in [-1, 1].
             random_inputs: `noise` of the posterior and `start` of the flow, N(0, I) in the latents' shape; `time` in (0, 1) and
-                `label`, [b], -1 for the cluster of the latents; `augmentation` [b, 6].
+                `label` of the images, [b]; `augmentation` [b, 6].
         """
         assert self.model.flow is not None
         with torch.no_grad():
             posterior = self.model.encode(x)
             latent = self.model.flow.normalize(posterior.sample(random_inputs["noise"]))
-            label = random_inputs["label"]
-            if self.model.flow.cluster_centers is not None:
-                label = torch.where(label < 0, self.model.flow.assign_clusters(posterior.mean), label)
+            label = self.model.flow.assign_classes(random_inputs["label"], posterior.mean)
         start, time = random_inputs["start"], random_inputs["time"]
         t = time[:, None, None, None]
         velocity = self.model.flow((1 - t) * latent + t * start, time, label, random_inputs["augmentation"])

@@ -178,24 +178,12 @@ class FlowStage(Stage):
             "noise": self._normal(images_seen, "posterior", *shape),
             "start": self._normal(images_seen, "flow", *shape),
             "time": self._normal(images_seen, "time", batch_size).sigmoid(),
-            "label_dropout": self._uniform(images_seen, "label", batch_size),
             "augmentation": self._augmentation(images_seen, batch_size),
         } | self._flips(images_seen, batch_size)
 
     def add_labels(self, random_inputs: Tensors, rows: Rows) -> Tensors:
-        """Adds the labels of the images, randomly dropped for classifier-free guidance (Ho & Salimans, 2021).
-
-        The label is -1 if the class is the cluster of the latents.
-        """
-        assert self.model.flow is not None
-        num_classes = self.model.flow.num_classes
-        is_dropped = random_inputs["label_dropout"] < self.config.prior.class_dropout_prob
-        if self.config.prior.clusters is not None:
-            labels = torch.full_like(is_dropped, -1, dtype=torch.int64)
-        else:
-            labels = self.labels[to_device(rows, self.device)]
-            is_dropped |= (labels < 0) | (labels >= num_classes)  # labels of other WebDatasets may have no class name
-        return random_inputs | {"label": labels.masked_fill(is_dropped, num_classes)}
+        """Adds the labels of the images."""
+        return random_inputs | {"label": self.labels[to_device(rows, self.device)]}
 
     def is_guide_due(self, images_seen: int) -> bool:
         """Returns True after a quarter of the training."""
