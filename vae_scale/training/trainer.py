@@ -152,13 +152,13 @@ class Trainer:
         self.watchdog.heartbeat(f"the step after {self.images_seen:,} images")
         self.train_step(batch)
         self.terminal.update(self.batch_size)
+        if self.stage.is_guide_due(self.images_seen) and self.ema.model.guide is None:
+            self.keep_guide()
         if self._is_due(self.config.train.log_every * self.batch_size):
             self.log()
         if self._should_stop():
             self.save_checkpoint()
             return
-        if self.stage.is_guide_due(self.images_seen) and self.ema.model.guide is None:
-            self.keep_guide()
         is_evaluation_due = self._is_due(self.config.evaluate.every)
         is_checkpoint_due = self._is_due(self.config.checkpoint.every)
         if is_evaluation_due or is_checkpoint_due or self._is_preview_due():
