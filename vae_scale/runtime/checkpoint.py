@@ -1,8 +1,8 @@
 """Checkpoints: folders of safetensors and JSON files, which hold no pickle and are either complete or absent.
 
-A checkpoint `images_000012345` holds `model`, `ema` and `optimizer.safetensors`, the mixture prior or the guide of the flow prior
-if there is one, `config.json` (for `VAE.from_pretrained`), `state.json`, and `manifest.json` with the size and SHA-256 of the other files, written last. The folder is written under a
-temporary name, flushed to the disk and renamed.
+A checkpoint `images_000012345` holds `model`, `ema` and `optimizer.safetensors`, the mixture prior or the guide of the flow
+prior if there is one, `config.json` (for `VAE.from_pretrained`), `state.json`, and `manifest.json` with the size and SHA-256 of
+the other files, written last. The folder is written under a temporary name, flushed to the disk and renamed.
 """
 
 import contextlib
