@@ -24,7 +24,7 @@ from quality_stages import StageRun, Study, affordable_images, calibrate, correc
 from vae_scale import train
 from vae_scale.data.shards import ShardSet
 from vae_scale.errors import UserError
-from vae_scale.models.vae import SamplingConfig
+from vae_scale.models.vae import DEFAULT_GUIDANCE, SamplingConfig
 from vae_scale.pack import main as pack
 
 
@@ -119,7 +119,7 @@ def test_variants_have_one_row_each() -> None:
     ours, variant, sample = select_methods(["ours"], ["vae --objective.beta=2", "sample --steps=3"], 32)
     assert [row.name for row in ours.rows] == ["ours, mixture", "ours, flow without guidance", "ours, flow"]
     assert [(row.name, row.prior) for row in variant.rows] == [("vae --objective.beta=2", "flow")]
-    assert sample.rows[0].sampling == SamplingConfig(steps=3)
+    assert sample.rows[0].sampling == SamplingConfig(steps=3, guidance=DEFAULT_GUIDANCE)
 
 
 def test_a_variant_changes_the_share_of_a_stage(study: Study) -> None:

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="default: auto, the best")
     parser.add_argument("--steps", type=int, default=25, metavar="K", help="sampling steps of the flow (default: 25)")
     parser.add_argument("--solver", choices=["heun", "euler"], default="heun", help="solver of the flow (default: heun)")
-    guidance = "scale of guidance (default: 1.6; 1: none); with several, the metrics of samples are lists"
+    guidance = "scale of guidance (default: 2.5; 1: none); with several, the metrics of samples are lists"
     parser.add_argument("--guidance", type=float, nargs="+", metavar="G", help=guidance)
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="scale of the noise (default: 1)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B", help="images per batch and process (default: 64)")

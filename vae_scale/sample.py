@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     flow.add_argument("--steps", type=int, default=25, metavar="K", help="sampling steps (default: 25)")
     flow.add_argument("--solver", choices=["heun", "euler"], default="heun", help="default: heun; euler takes half the time")
     flow.add_argument("--class", dest="class_name", metavar="NAME", help="class to sample, by name or index")
-    guidance = "scale by which samples are moved away from those of an earlier state of the flow (default: 1.6; 1: none)"
+    guidance = "scale by which samples are moved away from those of an earlier state of the flow (default: 2.5; 1: none)"
     flow.add_argument("--guidance", type=float, metavar="G", help=guidance)
     grids = parser.add_argument_group("other grids")
     mode = grids.add_mutually_exclusive_group()

@@ -16,14 +16,14 @@ from vae_scale.data.images import Images
 from vae_scale.data.shards import ShardSet
 from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
-from vae_scale.models.vae import Prior, SamplingConfig
+from vae_scale.models.vae import DEFAULT_GUIDANCE, Prior, SamplingConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 64  # batch size of evaluation
 HELD_OUT = "test"  # the split of the held-out images
 SHARE = "--share="  # option of a stage in variants
 CONFIGS = Path(__file__).parents[2] / "configs"
-DEFAULT_SAMPLING = SamplingConfig()
+DEFAULT_SAMPLING = SamplingConfig(guidance=DEFAULT_GUIDANCE)  # explicit, since metrics are kept by these settings
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vae_scale.models.pretrained import FORMAT_VERSION, PretrainedModel, positiv
 from vae_scale.randomness import per_sample_noise
 
 Prior = Literal["auto", "normal", "gmm", "flow"]
-DEFAULT_GUIDANCE = 1.6
+DEFAULT_GUIDANCE = 2.5
 
 
 @dataclass
