@@ -166,7 +166,7 @@ def test_the_second_stage_learns_and_does_not_change_the_vae(shards: Path, vae: 
     assert errors[-1] < errors[0] < 1.5
 
     model = VAE.from_pretrained(folder, "ema.safetensors")
-    assert model.describe_prior() == "rectified flow (25 heun steps, guidance 2.5)"
+    assert model.describe_prior() == "rectified flow (12 heun steps, guidance 2.5)"
     assert model.class_names == tuple(trainer.train_set.class_names)
     assert model.flow is not None
     expected = np.bincount(np.where(trainer.train_set.labels < 0, 10, trainer.train_set.labels), minlength=11)

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", type=Path, metavar="FILE", help="weights of that network (default: packaged or downloaded)"
     )
     parser.add_argument("--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="default: auto, the best")
-    parser.add_argument("--steps", type=int, default=25, metavar="K", help="sampling steps of the flow (default: 25)")
+    parser.add_argument("--steps", type=int, default=12, metavar="K", help="sampling steps of the flow (default: 12)")
     parser.add_argument("--solver", choices=["heun", "euler"], default="heun", help="solver of the flow (default: heun)")
     guidance = "scale of guidance (default: 2.5; 1: none); with several, the metrics of samples are lists"
     parser.add_argument("--guidance", type=float, nargs="+", metavar="G", help=guidance)

@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         help="default: fp32; auto: as in training",
     )
     flow = parser.add_argument_group("flow")
-    flow.add_argument("--steps", type=int, default=25, metavar="K", help="sampling steps (default: 25)")
+    flow.add_argument("--steps", type=int, default=12, metavar="K", help="sampling steps (default: 12)")
     flow.add_argument("--solver", choices=["heun", "euler"], default="heun", help="default: heun; euler takes half the time")
     flow.add_argument("--class", dest="class_name", metavar="NAME", help="class to sample, by name or index")
     guidance = "scale by which samples are moved away from those of an earlier state of the flow (default: 2.5; 1: none)"

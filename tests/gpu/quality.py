@@ -57,7 +57,7 @@ def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
     model = [f"--run={trained[-1]}"]
     samples, report = settings.scratch / "drawn", settings.scratch / "metrics.json"
     features = "efficientnet_lite0" if has("efficientnet_lite_pytorch") and not settings.rehearse else "none"
-    sample = ["sample", f"--steps={2 if settings.rehearse else 25}"]
+    sample = ["sample", f"--steps={2 if settings.rehearse else 12}"]
     commands = {
         "samples.png": [*sample, *model, f"--num={SAMPLES}", f"--save-images={samples}", f"--out={out / 'samples.png'}"],
         "reconstructions.png": [*sample, *model, "--num=32", "--reconstruct", f"--out={out / 'reconstructions.png'}"],

@@ -220,7 +220,7 @@ def autocast(settings: Settings) -> torch.autocast:
 def sampling(settings: Settings) -> Result:
     """Measures sampling, from noise to pixels in host memory: 25 steps of the flow and the decoder."""
     model, batch, rounds = build_untrained(settings), 8 if settings.rehearse else 512, 1 if settings.rehearse else 4
-    speeds, steps = {}, 2 if settings.rehearse else 25
+    speeds, steps = {}, 2 if settings.rehearse else 12
     with exclusive_device(settings), autocast(settings):
         for solver in ("heun", "euler"):
             sampling = SamplingConfig(steps, solver)

@@ -83,7 +83,7 @@ class SamplingConfig:
         guidance: Scale of guidance, 1 for none; None: `DEFAULT_GUIDANCE` if the model has a guide, else 1. See `Flow.sample`.
     """
 
-    steps: int = 25
+    steps: int = 12
     solver: Solver = "heun"
     label: int | None = None
     guidance: float | None = None
