@@ -60,7 +60,6 @@ SUBSTITUTIONS = [
     (r"--part 4/4", "--part 2/2"),  # the README omits parts 2 and 3
     (r"--num_processes (8|N)\b", "--num_processes 2"),
     (r"--num 50000", "--num 6"),
-    (r"checkpoints/images_\d+", "checkpoints/images_000000024"),
     (r"report RUN RUN", "report RUN runs/small"),
     (r"(vae_scale\.bench .*)", r"\1 --repeats 1"),
     (r"(vae_scale\.bench data .*)", r"\1 --batch 16"),
