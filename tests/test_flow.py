@@ -151,7 +151,7 @@ def test_a_flow_learns_a_bimodal_distribution() -> None:
 
 def test_the_second_stage_learns_and_does_not_change_the_vae(shards: Path, vae: Path, tmp_path: Path) -> None:
     run = tmp_path / "flow"
-    more = ("--prior.width=64", "--optimizer.lr=0.001", "--train.images=960", "--evaluate.every=480", "--data.random_crop=0.2")
+    more = ("--prior.width=64", "--optimizer.lr=0.001", "--train.images=960", "--evaluate.every=240", "--data.random_crop=0.2")
     trainer = Trainer(parse(words(shards, vae, run, *more))[0])
     trainer.run()
     folder, before = checkpoint.newest_checkpoint(run), checkpoint.newest_checkpoint(vae)
@@ -163,7 +163,7 @@ def test_the_second_stage_learns_and_does_not_change_the_vae(shards: Path, vae: 
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     errors = [line["eval/velocity_error"] for line in metrics if "eval/velocity_error" in line]
     # A zero velocity has error 2, the sum of the variances of noise and latents.
-    assert errors[-1] < errors[0] < 1.5
+    assert errors[-1] < 1.4 < errors[0] < 1.6
 
     model = VAE.from_pretrained(folder, "ema.safetensors")
     assert model.describe_prior() == "rectified flow (12 heun steps, guidance 2.5)"

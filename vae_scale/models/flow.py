@@ -87,12 +87,16 @@ class Flow(nn.Module):
         """Returns the class of each image for `forward`, int64 [b].
 
         Args:
-            labels: Labels of the images, int64 [b]. Those without a class name become `num_classes`. Not used with clusters.
+            labels: Labels of the images, int64 [b]; see `mask_unknown`. Not used with clusters.
             means: Posterior means, not normalized, [b, c, h, w], which determine the clusters.
         """
         if self.cluster_centers is None:
-            return torch.where((labels >= 0) & (labels < self.num_classes), labels, self.num_classes)
+            return self.mask_unknown(labels)
         return torch.cdist(self.normalize(means).flatten(1), self.cluster_centers).argmin(1)
+
+    def mask_unknown(self, labels: Tensor) -> Tensor:
+        """Returns labels, int64 [b], in which those without a class name are replaced by `num_classes`."""
+        return torch.where((labels >= 0) & (labels < self.num_classes), labels, self.num_classes)
 
     def sample_labels(self, uniform: Tensor) -> Tensor:
         """Returns labels with the frequencies `class_probs`, int64 [b], from uniform random numbers in [0, 1), [b]."""

@@ -3,9 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vae_scale.config.options import Config, PriorConfig
@@ -166,7 +164,8 @@ class FlowStage(Stage):
         posteriors = list(iterate_posteriors(self.model, train_set, num_images, batch, dist))
         flow.latent_mean, flow.latent_std = measure_latents(posteriors)
         if prior.clusters is None:
-            flow.class_probs = label_frequencies(train_set.labels, flow.num_classes).to(device)
+            counts = torch.bincount(flow.mask_unknown(self.labels), minlength=flow.num_classes + 1)
+            flow.class_probs = counts / len(self.labels)
         else:
             fit_clusters(flow, torch.cat([mean for mean, _ in posteriors]), config.seed, dist)
         self.objective = FlowMatching(self.model, config)
@@ -204,12 +203,6 @@ class FlowStage(Stage):
 def class_names(prior: PriorConfig, train_set: ShardSet) -> Sequence[str]:
     """Returns the names of the classes of the flow prior: those of the labels, or the numbers of the clusters."""
     return train_set.class_names if prior.clusters is None else [str(number) for number in range(prior.clusters)]
-
-
-def label_frequencies(labels: NDArray[np.int64], num_classes: int) -> Tensor:
-    """Returns the frequency of each label from 0 to `num_classes` - 1, and of all other labels: [num_classes + 1]."""
-    known = np.where((labels >= 0) & (labels < num_classes), labels, num_classes)
-    return torch.from_numpy(np.bincount(known, minlength=num_classes + 1) / len(labels)).float()
 
 
 def build_stage(config: Config, device: torch.device, train_set: ShardSet, dist: DistContext) -> Stage:
