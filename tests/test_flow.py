@@ -21,6 +21,8 @@ from vae_scale.models.flow import AUGMENTATION_DIM, Flow
 from vae_scale.models.vae import VAE, Posterior, SamplingConfig
 from vae_scale.runtime import checkpoint
 from vae_scale.sample import main as sample
+from vae_scale.training import stages
+from vae_scale.training.stages import FlowStage
 from vae_scale.training.trainer import Trainer
 
 SHAPE = (3, 4, 4)
@@ -291,6 +293,40 @@ def test_one_and_two_processes_give_the_same_losses_with_ddp_and_fsdp2(shards: P
         assert list(losses(tmp_path / name).values()) == pytest.approx(one, rel=1e-4)
         for key, weight in guides["one"].items():
             assert torch.allclose(guides[name][key], weight, atol=1e-4)
+
+
+def test_images_are_encoded_once_with_the_losses_of_encoding_them_in_each_step(
+    shards: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--train.images=312", "--train.log_every=1", "--evaluate.early=false")  # 150 images and their reflections are fewer
+    trainer = Trainer(parse(words(shards, vae, tmp_path / "once", *more))[0])
+    assert isinstance(trainer.stage, FlowStage)
+    encoded = trainer.stage.encoded
+    assert encoded is not None
+    images = torch.from_numpy(trainer.train_set.load_images(np.arange(150)))
+    for flipped in (False, True):
+        with torch.no_grad():
+            posterior = trainer.model.encode(normalize_images(images, torch.full((150,), flipped)))
+        mean, log_sigma = encoded[:, int(flipped)].float().permute(0, 1, 4, 2, 3).unbind(1)
+        torch.testing.assert_close(mean, posterior.mean, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(log_sigma, posterior.log_sigma, rtol=1e-3, atol=1e-4)
+    trainer.run()
+    train(2, *words(shards, vae, tmp_path / "two", *more))
+    monkeypatch.setattr(stages, "MAX_ENCODED_BYTES", 0)
+    Trainer(parse(words(shards, vae, tmp_path / "each", *more))[0]).run()
+    each = list(losses(tmp_path / "each").values())
+    assert len(each) == 26
+    for name in ("once", "two"):
+        assert list(losses(tmp_path / name).values()) == pytest.approx(each, rel=1e-3)
+
+
+@pytest.mark.parametrize("option", ["--data.random_crop=0.1", "--data.color_jitter=0.1", "--train.images=300"])
+def test_images_are_not_encoded_once_if_they_are_augmented_or_too_many(
+    option: str, shards: Path, vae: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(parse(words(shards, vae, tmp_path, "--train.images=312", option))[0])
+    assert isinstance(trainer.stage, FlowStage)
+    assert trainer.stage.encoded is None
 
 
 def test_a_second_stage_requires_a_trained_vae(shards: Path, vae: Path, tmp_path: Path) -> None:

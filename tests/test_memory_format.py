@@ -80,7 +80,8 @@ def test_every_convolution_has_channels_last_inputs_and_gradients(options: list[
 
 
 @pytest.mark.usefixtures("gpu_group_norm")
-def test_every_convolution_of_the_flow_has_channels_last_inputs_and_gradients() -> None:
+@pytest.mark.parametrize("encoded", [False, True])
+def test_every_convolution_of_the_flow_has_channels_last_inputs_and_gradients(encoded: bool) -> None:
     torch.manual_seed(0)
     config = parse(["--data.shards=none", "--run=none", "--model.preset=tiny"])[0]
     model = build_model(config.model, 96)
@@ -91,6 +92,9 @@ def test_every_convolution_of_the_flow_has_channels_last_inputs_and_gradients() 
     flow.requires_grad_(True)
     inputs = {name: torch.randn(4, *model.latent_shape) for name in ("noise", "start")}
     inputs |= {"time": torch.rand(4), "label": torch.arange(4) % 3, "augmentation": torch.zeros(4, 6)}
+    if encoded:
+        channels, height, width = model.latent_shape
+        inputs["posterior"] = torch.zeros(4, 2, height, width, channels, dtype=torch.float16)
     with ConvolutionInputs() as recorded:
         with torch.autocast("cpu", torch.bfloat16):
             loss, _ = FlowMatching(model, config)(torch.from_numpy(discs(4, 0)), inputs)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from vae_scale.config.options import Config
 from vae_scale.data.transfer import normalize_images
-from vae_scale.models.vae import VAE
+from vae_scale.models.vae import VAE, Posterior
 from vae_scale.training.augmentation import augment
 
 Tensors = dict[str, Tensor]  # by name
@@ -68,32 +68,37 @@ class ELBO(Objective):
 class FlowMatching(Objective):
     """Mean squared error of the flow's velocity (Liu et al., 2023, eq. 1), in units of normalized latents."""
 
-    def forward(self, images: Tensor, random_inputs: Tensors) -> tuple[Tensor, Tensors]:
+    def forward(self, images: Tensor, inputs: Tensors) -> tuple[Tensor, Tensors]:
         """Returns the loss and the metric `loss`.
 
         Args:
-            images: uint8 [b, h, w, 3].
-            random_inputs: See `velocity_error`; optionally `flips` [b].
+            images: uint8 [b, h, w, 3]; not used if the inputs have `posterior`.
+            inputs: See `velocity_error`; and `posterior`, mean and log sigma of encoded images, [b, 2, h, w, c], or optionally
+                `flips` [b].
         """
-        loss = self.velocity_error(self.preprocess(images, random_inputs), random_inputs).mean()
+        if "posterior" in inputs:
+            posterior = Posterior(*inputs["posterior"].float().permute(0, 1, 4, 2, 3).unbind(1))
+        else:
+            with torch.no_grad():
+                posterior = self.model.encode(self.preprocess(images, inputs))
+        loss = self.velocity_error(posterior, inputs).mean()
         return loss, {"loss": loss.detach()}
 
-    def velocity_error(self, x: Tensor, random_inputs: Tensors) -> Tensor:
+    def velocity_error(self, posterior: Posterior, inputs: Tensors) -> Tensor:
         """Returns the mean squared error for each image: [b].
 
         Args:
-            x: [b, 3, h, w] in [-1, 1].
-            random_inputs: `noise` of the posterior and `start` of the flow, N(0, I) in the latents' shape; `time` in (0, 1) and
+            posterior: Of each image.
+            inputs: `noise` of the posterior and `start` of the flow, N(0, I) in the latents' shape; `time` in (0, 1) and
                 `label` of the images, [b]; `augmentation` [b, 6].
         """
         assert self.model.flow is not None
         with torch.no_grad():
-            posterior = self.model.encode(x)
-            latent = self.model.flow.normalize(posterior.sample(random_inputs["noise"]))
-            label = self.model.flow.assign_classes(random_inputs["label"], posterior.mean)
-        start, time = random_inputs["start"], random_inputs["time"]
+            latent = self.model.flow.normalize(posterior.sample(inputs["noise"]))
+            label = self.model.flow.assign_classes(inputs["label"], posterior.mean)
+        start, time = inputs["start"], inputs["time"]
         t = time[:, None, None, None]
-        velocity = self.model.flow((1 - t) * latent + t * start, time, label, random_inputs["augmentation"])
+        velocity = self.model.flow((1 - t) * latent + t * start, time, label, inputs["augmentation"])
         # Permuted, so that gradients are in channels_last memory.
         error = velocity.permute(0, 2, 3, 1).float() - (start - latent).permute(0, 2, 3, 1)
         return error.square().mean((1, 2, 3))

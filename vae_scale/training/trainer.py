@@ -212,7 +212,7 @@ class Trainer:
         local_batch_size = self.batch_size // self.world_size
         part = slice(self.rank * local_batch_size, (self.rank + 1) * local_batch_size)
         random_inputs = self.stage.random_inputs(self.images_seen, self.batch_size)
-        return self.stage.add_labels({name: values[part] for name, values in random_inputs.items()}, batch.rows)
+        return self.stage.add_row_inputs({name: values[part] for name, values in random_inputs.items()}, batch.rows)
 
     def log(self) -> None:
         """Logs means over the steps since the last call. Other steps do not synchronize with the device."""
