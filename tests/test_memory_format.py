@@ -22,7 +22,7 @@ OPTIONS = {
     "vector": ["--model.preset=small", "--model.latent=vector"],
     "laplace": ["--model.preset=tiny", "--model.likelihood=laplace"],
     "augmented": ["--model.preset=tiny", "--data.random_crop=0.2", "--data.color_jitter=0.2"],
-    "bce": ["--model.preset=seed_notebook", "--model.likelihood=bce"],
+    "mse": ["--model.preset=seed_notebook"],
 }
 
 

@@ -17,7 +17,7 @@ from vae_scale.config.options import PRESETS, Config, ObjectiveConfig, VAEConfig
 from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import Attention, GroupNorm, ResBlock, depth_to_space, space_to_depth
-from vae_scale.models.likelihoods import LEVELS_PER_UNIT, GaussianLaplace, SigmoidLikelihood, bits_per_dim
+from vae_scale.models.likelihoods import LEVELS_PER_UNIT, GaussianLaplace, SigmoidMSE, bits_per_dim
 from vae_scale.models.mixture import GaussianMixture
 from vae_scale.models.networks import build_model
 from vae_scale.models.vae import VAE, Posterior, slerp
@@ -137,26 +137,17 @@ def test_continuous_likelihoods_equal_pytorchs() -> None:
         assert torch.allclose(GaussianLaplace(power, 0.2).log_prob(output, x), reference, rtol=1e-4)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["mse", "bce"])
-def test_sigmoid_likelihoods_are_normalized(kind: str) -> None:
-    likelihood = SigmoidLikelihood(kind)  # type: ignore[arg-type]
-    if kind == "bce":  # over black and white
-        x = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1)
-        assert likelihood.log_prob(torch.full((2, 1, 1, 1), 0.7), x).exp().sum().item() == pytest.approx(1, abs=1e-6)
-    else:
-        x = torch.linspace(-16, 16, 200_001, dtype=torch.float64).float()
-        density = likelihood.log_prob(torch.full((len(x), 1, 1, 1), 0.7), x[:, None, None, None]).double().exp()
-        levels = (x.double() + 1) / 2 * 255
-        assert torch.trapezoid(density, levels).item() == pytest.approx(1, abs=1e-3)
+def test_the_sigmoid_likelihood_is_normalized() -> None:
+    x = torch.linspace(-16, 16, 200_001, dtype=torch.float64).float()
+    density = SigmoidMSE().log_prob(torch.full((len(x), 1, 1, 1), 0.7), x[:, None, None, None]).double().exp()
+    levels = (x.double() + 1) / 2 * 255
+    assert torch.trapezoid(density, levels).item() == pytest.approx(1, abs=1e-3)
 
 
-def test_sigmoid_likelihoods_give_the_losses_of_the_notebook() -> None:
+def test_the_sigmoid_likelihood_gives_the_loss_of_the_notebook() -> None:
     output, x = torch.randn(4, 3, 5, 5), torch.rand(4, 3, 5, 5) * 2 - 1
-    target = (x + 1) / 2
-    bce = torch.nn.functional.binary_cross_entropy(output.sigmoid(), target, reduction="none").sum((1, 2, 3))
-    assert torch.allclose(-SigmoidLikelihood("bce").log_prob(output, x), bce, rtol=1e-5)
-    squared = (output.sigmoid() - target).square().sum((1, 2, 3))
-    constant = -SigmoidLikelihood("mse").log_prob(output, x) - squared
+    squared = (output.sigmoid() - (x + 1) / 2).square().sum((1, 2, 3))
+    constant = -SigmoidMSE().log_prob(output, x) - squared
     assert torch.allclose(constant, constant[0].expand(4), rtol=1e-5)
 
 

@@ -62,7 +62,7 @@ class VAEConfig:
         attention: Whether to use self-attention at the coarsest level.
         latent: spatial (a feature map) or vector (one vector per image).
         latent_channels: Channels of the latent map, or length of the latent vector.
-        likelihood: Distribution p(image | latent). mse and bce are the classic losses with a sigmoid output.
+        likelihood: Distribution p(image | latent). mse is the squared error of an output with a sigmoid.
         likelihood_scale: Scale of gaussian and laplace for images in [-1, 1]: optimal (sigma-VAE), learned or a number.
     """
 
@@ -75,7 +75,7 @@ class VAEConfig:
     attention: bool = False
     latent: Literal["spatial", "vector"] = "spatial"
     latent_channels: PositiveInt = 8
-    likelihood: Literal["gaussian", "laplace", "mse", "bce"] = "gaussian"
+    likelihood: Literal["gaussian", "laplace", "mse"] = "gaussian"
     likelihood_scale: Literal["optimal", "learned"] | PositiveFloat = "optimal"
 
     @property

@@ -189,8 +189,8 @@ def validate(config: Config) -> None:
     if model.network == "kl":
         _require(model.latent == "spatial", "model.latent", "vector requires model.network resnet, not kl")
     if model.network == "seed_notebook":
-        is_supported = model.likelihood in ("mse", "bce") and model.latent == "vector"
-        _require(is_supported, "model.network", "seed_notebook requires model.latent vector and model.likelihood mse or bce")
+        is_supported = model.likelihood == "mse" and model.latent == "vector"
+        _require(is_supported, "model.network", "seed_notebook requires model.latent vector and model.likelihood mse")
 
 
 def check_batch_size(config: Config, world_size: int) -> None:

@@ -89,7 +89,7 @@ def evaluate(
 
     Returns:
         Means over images. In nats per image: `neg_elbo` (the negative ELBO), its terms `reconstruction` and `kl`, and
-        `kl_per_channel`. `bits_per_dim` if the likelihood is normalized.
+        `kl_per_channel`. `bits_per_dim`.
         `psnr` in dB, of the reconstruction from the sampled latent.
 
         With `extended`, `psnr`, `ssim` and `lpips` are of the reconstruction from the posterior mean; `active_units` is
@@ -138,8 +138,7 @@ def evaluate(
         "kl_per_channel": kl,
     }
     metrics |= {name: float(values[name]) for name in ("iwae_nll", "psnr", "ssim", "lpips") if name in values}
-    if model.likelihood.is_normalized:
-        metrics |= {f"{prefix}bits_per_dim": bits_per_dim(nats, model.dimensions) for prefix, nats in nll.items()}
+    metrics |= {f"{prefix}bits_per_dim": bits_per_dim(nats, model.dimensions) for prefix, nats in nll.items()}
     if extended:
         active = values["squares"] - values["latents"].square() > ACTIVE_VARIANCE
         metrics |= {"active_units": int(active.sum()), "latent_units": len(active)}

@@ -1,14 +1,12 @@
 """Likelihoods p(image | latent), in nats.
 
-Images are in [-1, 1] and have 256 grey levels. All but bce are densities per grey level, so that nats and bits/dim of
-continuous and discrete likelihoods are comparable.
+Images are in [-1, 1] and have 256 grey levels. All are densities per grey level, so nats and bits/dim are comparable.
 """
 
 import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEVELS = 256
@@ -16,13 +14,7 @@ LEVELS_PER_UNIT = (LEVELS - 1) / 2  # grey levels per unit of [-1, 1]
 
 
 class Likelihood(nn.Module):
-    """A distribution over images, with the output of the decoder as its parameters.
-
-    Attributes:
-        is_normalized: Whether it is a density or probability of images, which bits/dim requires.
-    """
-
-    is_normalized = True
+    """A density of images, with the output of the decoder as its parameters."""
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
         """Returns log p(images | output) in nats per image, [b], computed in fp32.
@@ -93,23 +85,15 @@ class GaussianLaplace(Likelihood):
             self.log_scale.lerp_(torch.where(step_taken, optimum, self.log_scale), self.update_rate)
 
 
-class SigmoidLikelihood(Likelihood):
-    """The losses of an output with a sigmoid, summed over the image, for images in [0, 1].
+class SigmoidMSE(Likelihood):
+    """The density N(x; y, 1/2) of images in [0, 1] for the sigmoid y of the output.
 
-    mse is the density N(x; y, 1/2), whose negative logarithm is the squared error plus a constant. bce is the binary
-    cross-entropy, a distribution over black and white images only, and so not normalized for photographs.
+    Its negative logarithm is the squared error, summed over the image, plus a constant.
     """
-
-    def __init__(self, kind: Literal["mse", "bce"]) -> None:
-        super().__init__()
-        self.kind = kind
-        self.is_normalized = kind == "mse"
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
         """See `Likelihood`."""
         output, target = _channels_last(output), (_channels_last(images) + 1) / 2
-        if self.kind == "bce":
-            return -F.binary_cross_entropy_with_logits(output, target, reduction="none").sum((1, 2, 3))
         log_normalizer = 0.5 * math.log(math.pi) + math.log(LEVELS - 1)
         return -((output.sigmoid() - target).square() + log_normalizer).sum((1, 2, 3))
 
@@ -124,10 +108,10 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def make_likelihood(name: str, scale: str | float) -> Likelihood:
-    """Builds a likelihood: gaussian, laplace, mse or bce."""
+    """Builds a likelihood: gaussian, laplace or mse."""
     if name in ("gaussian", "laplace"):
         return GaussianLaplace(2 if name == "gaussian" else 1, scale)
-    return SigmoidLikelihood("mse" if name == "mse" else "bce")
+    return SigmoidMSE()
 
 
 def bits_per_dim(nats: float, dimensions: int) -> float:

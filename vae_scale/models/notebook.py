@@ -10,7 +10,7 @@ from vae_scale.models.vae import VAE
 class NotebookVAE(VAE):
     """A VAE with three convolutions, a latent vector and transposed convolutions, without normalization.
 
-    The sigmoid of the output is part of the likelihoods mse and bce.
+    The sigmoid of the output is part of the likelihood mse.
     """
 
     def __init__(self, config: VAEConfig, resolution: int) -> None:

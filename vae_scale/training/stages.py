@@ -130,8 +130,6 @@ class VAEStage(Stage):
             "train/kl": means["kl"],
             "train/beta": kl_weight(self.config.objective, images_seen),
         }
-        if not self.model.likelihood.is_normalized:
-            return metrics, f"loss {means['loss']:,.0f} nats"
         metrics["train/bits_per_dim"] = bits_per_dim(neg_elbo, self.model.dimensions)
         return metrics, f"{metrics['train/bits_per_dim']:.3f} bits/dim"
 
