@@ -320,6 +320,19 @@ def test_images_are_encoded_once_with_the_losses_of_encoding_them_in_each_step(
         assert list(losses(tmp_path / name).values()) == pytest.approx(each, rel=1e-3)
 
 
+def test_a_resumed_second_stage_encodes_with_its_own_vae(shards: Path, vae: Path, tmp_path: Path) -> None:
+    run, changed = tmp_path / "flow", tmp_path / "vae"
+    shutil.copytree(vae, changed)
+    more = ("--train.images=312", "--train.log_every=1", "--checkpoint.every=156")
+    Trainer(parse(words(shards, changed, run, *more))[0]).run()
+    expected = losses(run)
+    shutil.rmtree(checkpoint.checkpoint_folder(run, 312))
+    options = [f"--data.shards={shards}", f"--run={changed}", *TINY, "--track.tracker=none", "--train.images=360"]
+    Trainer(parse(options)[0]).run()
+    Trainer(parse(words(shards, changed, run, *more))[0]).run()
+    assert losses(run) == expected
+
+
 @pytest.mark.parametrize("option", ["--data.random_crop=0.1", "--data.color_jitter=0.1", "--train.images=300"])
 def test_images_are_not_encoded_once_if_they_are_augmented_or_too_many(
     option: str, shards: Path, vae: Path, tmp_path: Path

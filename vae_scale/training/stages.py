@@ -68,6 +68,10 @@ class Stage(ABC):
         """Returns the scheduled arguments of the objective: scalars."""
         return ()
 
+    def on_train_start(self) -> None:
+        """Called before the first step, when the weights of the checkpoint are loaded, if there is one."""
+        return
+
     def on_step_end(self, metrics: Tensors, is_taken: Tensor) -> None:
         """Called after each step with the metrics of the global batch and whether the step was taken."""
         return
@@ -157,17 +161,14 @@ class FlowStage(Stage):
             )
         self.model.requires_grad_(False).to(memory_format=torch.channels_last)
         config.model = self.model.config
-        self.labels = torch.from_numpy(train_set.labels).to(device)
+        self.train_set, self.dist, self.labels = train_set, dist, torch.from_numpy(train_set.labels).to(device)
+        self.encoded: Tensor | None = None
         flow = self.model.add_flow(prior.width, prior.depth, class_names(prior, train_set), prior.clusters is not None)
         flow.to(device).to(memory_format=torch.channels_last)
-        batch = 64 if config.train.batch_size == "auto" else config.train.global_batch_size // dist.world_size
+        self.encoding_batch = 64 if config.train.batch_size == "auto" else config.train.global_batch_size // dist.world_size
         num_images = min(config.evaluate.prior_fit_images, len(train_set))
-        posteriors = list(iterate_posteriors(self.model, train_set, num_images, batch, dist))
+        posteriors = list(iterate_posteriors(self.model, train_set, num_images, self.encoding_batch, dist))
         flow.latent_mean, flow.latent_std = measure_latents(posteriors)
-        self.encoded = None
-        if self._should_encode_once(len(train_set)):
-            progress = "" if config.log == "json" else "encoding"
-            self.encoded = encode_images(self.model, train_set, config.data.horizontal_flip, batch, dist, progress)
         if prior.clusters is None:
             counts = torch.bincount(flow.mask_unknown(self.labels), minlength=flow.num_classes + 1)
             flow.class_probs = counts / len(self.labels)
@@ -194,12 +195,15 @@ class FlowStage(Stage):
             inputs["posterior"] = self.encoded[indices, flips.long()]
         return inputs
 
-    def _should_encode_once(self, num_images: int) -> bool:
-        """Whether all images are encoded before training, which is possible without augmentations other than flips."""
-        data, variants = self.config.data, num_images * (1 + self.config.data.horizontal_flip)
+    def on_train_start(self) -> None:
+        """Encodes all images, unless that is more work than encoding those of each step, or augmentations change them."""
+        data, train_set, dist = self.config.data, self.train_set, self.dist
+        variants = len(train_set) * (1 + data.horizontal_flip)
         num_bytes = variants * 2 * math.prod(self.model.latent_shape) * torch.float16.itemsize
-        is_fixed = not data.random_crop and not data.color_jitter
-        return is_fixed and variants < self.config.train.images and num_bytes <= MAX_ENCODED_BYTES
+        is_augmented = data.random_crop > 0 or data.color_jitter > 0
+        if not is_augmented and variants < self.config.train.images and num_bytes <= MAX_ENCODED_BYTES:
+            progress = "" if self.config.log == "json" else "encoding"
+            self.encoded = encode_images(self.model, train_set, data.horizontal_flip, self.encoding_batch, dist, progress)
 
     def is_guide_due(self, images_seen: int) -> bool:
         """Returns True after a quarter of the training."""

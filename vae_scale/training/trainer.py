@@ -77,6 +77,8 @@ class Trainer:
             (config.run_dir / REQUEUE_FILE).unlink(missing_ok=True)
         state, optimizer = checkpointing.resume(config, self.accelerator, self.model, self.ema, self.train_set, self.terminal)
         self.images_seen, self.mixture_fitted_at = state["images_seen"], -1
+        if not self._is_finished():
+            self.stage.on_train_start()
         if config.train.batch_size == "auto":
             config.train.batch_size = largest_batch_size(config, self.stage, self.train_set, self.accelerator, self.dist)
             self.terminal.print_message(f"train.batch_size auto: {config.train.batch_size:,} images")
