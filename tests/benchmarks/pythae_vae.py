@@ -22,8 +22,8 @@ from vae_scale.data.shards import ShardSet
 
 PYTHAE_LATENT = 64  # as in its CelebA benchmark
 PYTHAE_BATCH = 64  # its default
-# Its CelebA configuration uses 1e-4 for 50 epochs of 160,000 images. 1e-3 was better after 1,280 photographs (910 instead of 923
-# nats, and no collapsed latents), but gave NaN after 540,000 images of CIFAR-10.
+# Its CelebA configuration uses 1e-4 for 50 epochs of 160,000 images. 1e-3 was better after 1,280 photographs (910 instead of
+# 923 nats, and no collapsed latents), but gave NaN after 540,000 images of CIFAR-10.
 PYTHAE_LR = 3e-4
 PRIOR_FIT_IMAGES = EvaluateConfig().prior_fit_images  # as many as for the mixture of `vae_scale.train`
 

@@ -36,8 +36,8 @@ def iterate_posteriors(
         progress: Name of the progress bar that rank 0 displays; empty for none.
     """
     device = next(model.parameters()).device
+    flips = torch.ones(batch_size, dtype=torch.bool, device=device) if flipped else None
     for _, pixels, weights in iterate_batches(shards, images, batch_size, dist, device, spread=True, progress=progress):
-        flips = torch.full((batch_size,), flipped, device=device)
         posterior = model.encode(normalize_images(pixels, flips))
         used = dist.gather(weights) > 0
         yield Posterior(*dist.gather(torch.stack([posterior.mean, posterior.log_sigma], 1))[used].unbind(1))
