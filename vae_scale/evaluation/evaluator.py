@@ -89,8 +89,7 @@ def evaluate(
 
     Returns:
         Means over images. In nats per image: `neg_elbo` (the negative ELBO), its terms `reconstruction` and `kl`, and
-        `kl_per_channel`. `bits_per_dim`.
-        `psnr` in dB, of the reconstruction from the sampled latent.
+        `kl_per_channel`; `bits_per_dim`; and `psnr` in dB, of the reconstruction from the sampled latent.
 
         With `extended`, `psnr`, `ssim` and `lpips` are of the reconstruction from the posterior mean; `active_units` is
         the number of active latent dimensions out of `latent_units`; `iwae_nll` (and `iwae_bits_per_dim`) is the
