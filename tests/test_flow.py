@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bad_server import Server
 from conftest import COUNTS, TINY
 from safetensors.torch import load_file, save_file
 
@@ -333,11 +334,14 @@ def test_a_resumed_second_stage_encodes_with_its_own_vae(shards: Path, vae: Path
     assert losses(run) == expected
 
 
-@pytest.mark.parametrize("option", ["--data.random_crop=0.1", "--data.color_jitter=0.1", "--train.images=300"])
-def test_images_are_not_encoded_once_if_they_are_augmented_or_too_many(
-    option: str, shards: Path, vae: Path, tmp_path: Path
+@pytest.mark.parametrize("option", ["--data.random_crop=0.1", "--data.color_jitter=0.1", "--train.images=300", "URL"])
+def test_images_are_not_encoded_once_if_they_are_augmented_too_many_or_remote(
+    option: str, shards: Path, vae: Path, server: Server, tmp_path: Path
 ) -> None:
-    trainer = Trainer(parse(words(shards, vae, tmp_path, "--train.images=312", option))[0])
+    if option == "URL":
+        option = f"--data.shards={server.url}"
+    more = ("--train.images=312", f"--data.cache_dir={tmp_path / 'cache'}", option)
+    trainer = Trainer(parse(words(shards, vae, tmp_path / "run", *more))[0])
     assert isinstance(trainer.stage, FlowStage)
     assert trainer.stage.encoded is None
 

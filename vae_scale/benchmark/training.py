@@ -82,11 +82,12 @@ def measure(config: Config, with_trainer: bool, repeats: int, trace_dir: Path | 
 def open_trainer(config: Config) -> Iterator["MeasuredTrainer"]:
     """Opens a trainer without evaluation, checkpoints and wandb, in a temporary run folder."""
     config = copy.deepcopy(config)
-    config.train.images = config.evaluate.every = config.checkpoint.every = NEVER
+    config.evaluate.every = config.checkpoint.every = NEVER
     config.evaluate.early, config.track.tracker = False, "none"
     with tempfile.TemporaryDirectory() as folder:
         config.run = folder
         trainer = Trainer(config)
+        config.train.images = NEVER  # only now, because preparations depend on it
         with trainer.progress_bar(), contextlib.closing(trainer.batches()) as batches:
             yield MeasuredTrainer(trainer, batches)
 

@@ -196,12 +196,15 @@ class FlowStage(Stage):
         return inputs
 
     def on_train_start(self) -> None:
-        """Encodes all images, unless that is more work than encoding those of each step, or augmentations change them."""
+        """Encodes all images, unless that is more work than encoding those of each step, or augmentations change them.
+
+        Remote shards are not encoded in advance, since every node would download all of them.
+        """
         data, train_set, dist = self.config.data, self.train_set, self.dist
         variants = len(train_set) * (1 + data.horizontal_flip)
         num_bytes = variants * 2 * math.prod(self.model.latent_shape) * torch.float16.itemsize
-        is_augmented = data.random_crop > 0 or data.color_jitter > 0
-        if not is_augmented and variants < self.config.train.images and num_bytes <= MAX_ENCODED_BYTES:
+        is_fixed = train_set.is_local and not data.random_crop and not data.color_jitter
+        if is_fixed and variants < self.config.train.images and num_bytes <= MAX_ENCODED_BYTES:
             progress = "" if self.config.log == "json" else "encoding"
             self.encoded = encode_images(self.model, train_set, data.horizontal_flip, self.encoding_batch, dist, progress)
 
