@@ -35,7 +35,7 @@ soak: $(VENV)/dev
 	$(BIN)/python tests/benchmarks/soak.py --kills $(KILLS) --processes 2 --precision bf16
 
 # Checks and measures everything on a machine with a GPU, with the Python there: nothing is installed.
-gpu: MINUTES = 9
+gpu: MINUTES = 15
 gpu:
 	@test -n "$(SHARDS)" || { echo "error: make gpu SHARDS=DIR, a folder of packed images" >&2; exit 2; }
 	$(PYTHON) tests/gpu/run.py --minutes $(MINUTES) --shards "$(SHARDS)" --out "$(OUT)"

@@ -82,6 +82,8 @@ TESTED_ELSEWHERE = {
         ("tests/test_bench.py", "step_parts.main(", "takes a minute"),
     r"python tests/benchmarks/soak\.py --kills 50 --processes 1 --precision fp32":
         ("tests/test_resume.py", "Soak(", "takes half an hour"),
+    r"python tests/gpu/run\.py .*":
+        ("tests/test_gpu_kit.py", "--rehearse", "needs a GPU"),
     r"sbatch .* launch/slurm\.sbatch --config configs/stl10\.yaml":
         ("tests/test_slurm.py", "slurm.sbatch", "needs SLURM"),
 }  # fmt: skip

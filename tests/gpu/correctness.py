@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vae_scale.config.parsing import parse
 from vae_scale.runtime import checkpoint
+from vae_scale.training.objectives import Objective
 from vae_scale.training.trainer import Trainer
 
 Result = tuple[str, dict[str, Any]]
@@ -134,7 +135,8 @@ def train_and_resume(precision: str, tolerance: float, settings: Settings) -> Re
     if precision in ("fp16", "tf32"):
         require_gpu(settings)
     steps, name = SHORT if settings.rehearse else 40, f"resume_{precision}"
-    words = [f"--train.precision={precision}", f"--checkpoint.every={steps // 2 * batch_size(settings)}"]
+    compiling = [] if precision == "bf16" else [NO_COMPILE]
+    words = [*compiling, f"--train.precision={precision}", f"--checkpoint.every={steps // 2 * batch_size(settings)}"]
     uninterrupted = train(settings, name, steps, *words)
     summary, run, copied = check_losses(uninterrupted), settings.scratch / name, settings.scratch / f"{name}_again"
     shutil.copytree(run, copied)
@@ -197,12 +199,15 @@ def set_up_process_group(**more: str) -> None:
 
 
 def distributed(sharded: bool, settings: Settings) -> Result:
-    """A single process trains with FSDP2 or DDP and does not reach the recompilation limit."""
+    """A process with a process group trains and does not reach the recompilation limit.
+
+    Accelerate uses DDP for a single process only on a CPU.
+    """
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
     set_up_process_group(**({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}))
-    name, kind = ("fsdp2", FSDPModule) if sharded else ("ddp", DistributedDataParallel)
+    name, kind = ("fsdp2", FSDPModule) if sharded else ("ddp", DistributedDataParallel if settings.rehearse else Objective)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         trainer = make_trainer(settings, name, SHORT, "--train.gradient_accumulation_steps=2")
         backend, expected = torch.distributed.get_backend(), "gloo" if settings.rehearse else "nccl"
@@ -215,7 +220,7 @@ def distributed(sharded: bool, settings: Settings) -> Result:
 def two_stages(settings: Settings) -> Result:
     """A VAE and its flow are trained, and the commands write samples and latents."""
     train(settings, "vae", 6, NO_COMPILE)
-    train(settings, "flow", 6, f"--prior.vae={settings.scratch / 'vae'}", "--prior.width=64", "--prior.depth=2")
+    train(settings, "flow", 6, NO_COMPILE, f"--prior.vae={settings.scratch / 'vae'}", "--prior.width=64", "--prior.depth=2")
     picture, latents = settings.scratch / "two_stages.png", settings.scratch / "latents"
     commands = [
         ["sample", f"--run={settings.scratch / 'flow'}", "--num=16", f"--out={picture}"],
@@ -261,9 +266,20 @@ def stop_by_signal(settings: Settings) -> Result:
 
 
 def no_synchronization(settings: Settings) -> Result:
-    """Training does not synchronize with the GPU between log lines."""
+    """Training of a VAE and of its flow does not synchronize with the GPU between log lines."""
     require_gpu(settings)
-    trainer = make_trainer(settings, "synchronization", 10**6)
+    train(settings, "synchronization_vae", 2, NO_COMPILE)
+    flow = [f"--prior.vae={settings.scratch / 'synchronization_vae'}", "--prior.width=64", "--prior.depth=1"]
+    lines = Counter[str]()
+    for name, words in (("VAE", []), ("flow", flow)):
+        trainer = make_trainer(settings, f"synchronization_{name}", 10**6, *words)
+        lines.update({f"{name}, {line}": count for line, count in synchronizing_lines(trainer).items()})
+    assert not lines, f"in 20 steps, at {', '.join(f'{line} ({count} times)' for line, count in lines.most_common())}"
+    return "none in 20 steps of a VAE and of a flow", {"synchronizations": 0}
+
+
+def synchronizing_lines(trainer: Trainer) -> Counter[str]:
+    """Returns the lines of code that synchronize with the GPU in 20 steps."""
     advance(trainer, 8)  # compiles
     with closing(trainer.batches()) as batches, trainer.progress_bar(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -273,13 +289,8 @@ def no_synchronization(settings: Settings) -> Result:
                 torch.cuda.set_sync_debug_mode("warn")
             trainer.train_iteration(images)
         torch.cuda.set_sync_debug_mode("default")
-    lines = Counter(
-        f"{Path(warning.filename).name}:{warning.lineno}"
-        for warning in caught
-        if "called a synchronizing" in str(warning.message)
-    )
-    assert not lines, f"in 20 steps, at {', '.join(f'{line} ({count} times)' for line, count in lines.most_common())}"
-    return "none in 20 steps", {"synchronizations": 0}
+    messages = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
+    return Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in messages)
 
 
 def same_step(settings: Settings) -> Result:

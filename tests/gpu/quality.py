@@ -20,15 +20,23 @@ if TYPE_CHECKING:
 PROGRAM = str(Path(__file__).resolve())
 PLAN = "quality.json"  # file in the scratch folder with the settings of the tasks
 NEVER = 10**9  # images
-VAE, FLOW, METRICS, NEIGHBOURS = "VAE", "flow", "metrics", "neighbours.png"
-RESERVE = 40.0  # seconds for images and metrics after training
-START, TAIL = 20.0, 6.0  # seconds before the first step (with cached compilation) and after the last step
+VAE, FLOW, METRICS, SAMPLES, NEIGHBOURS = "VAE", "flow", "metrics", "samples.png", "neighbours.png"
+RESERVE = 60.0  # seconds for images and metrics after training
+START, TAIL = 50.0, 6.0  # seconds before the first step, mostly for compilation, and after the last step
 LATE, SAVING, LEAST = 4.0, 8.0, 60.0  # seconds until SIGTERM, from SIGTERM to SIGKILL, and required to start training
+VAE_FRACTION = 0.25  # of the time for training steps
 CALIBRATION = 2.0  # seconds of steps from which the number of images is computed
-SAMPLES, SHOWN, NEAREST, COMPARED_SIDE = 64, 16, 5, 16
-LATENT_SIDES = range(8, 13)
-SHOWN_METRICS = {"psnr": "PSNR {:.2f} dB", "bits_per_dim": "{:.3f} bits/dim", "ssim": "SSIM {:.3f}"}
-SHOWN_METRICS |= {"velocity_error": "velocity error {:.4f}", "frechet_distance": "Frechet distance {:.1f} (EfficientNet-Lite0)"}
+AVERAGED = 0.1  # fraction of the steps over which the weights are averaged
+NUM_SAMPLES, SHOWN, NEAREST, COMPARED_SIDE = 64, 16, 5, 16
+SHOWN_METRICS = {
+    "psnr": "PSNR {:.2f} dB",
+    "bits_per_dim": "{:.3f} bits/dim",
+    "ssim": "SSIM {:.3f}",
+    "velocity_error": "velocity error {:.4f}",
+    "reconstruction_frechet_distance": "Frechet distance (EfficientNet-Lite0) of reconstructions {:.1f}",
+    "frechet_distance": "of samples {:.1f}",
+    "recall": "recall {:.2f}",
+}
 COMMON = [
     "--train.batch_size=256",
     "--optimizer.warmup_images=20000",
@@ -39,29 +47,26 @@ TINY = ["--train.batch_size=8", "--optimizer.warmup_images=64", "--evaluate.prio
 
 
 def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
-    """Trains a VAE for a third of the time until `deadline` (`time.monotonic`), and its flow for the rest; writes images."""
+    """Trains a VAE for a quarter of the time until `deadline` (`time.monotonic`), and its flow for the rest; writes images."""
     settings, left = runner.settings, deadline - time.monotonic() - RESERVE
     late, least, overhead = LATE, LEAST, START + TAIL
     if settings.rehearse:
         left, late, least, overhead = min(left, 14.0), 90.0, 0.0, 6.0  # a busy CPU may be late
-    vae = overhead + max(0.0, left - 2 * overhead) / 3
+    vae = overhead + VAE_FRACTION * max(0.0, left - 2 * overhead)
     plan = {"out": str(out), "ends": {VAE: time.time() + vae, FLOW: time.time() + left}}
     (settings.scratch / PLAN).write_text(json.dumps(plan))
     task = Task([VAE, FLOW], [sys.executable, PROGRAM, VAE, FLOW], left + late, least)
     runner.run(task, 4, min(deadline, time.monotonic() + left + late + SAVING + 1), record, SAVING)
-    runs = [settings.scratch / f"quality_{name}" for name in (VAE, FLOW)]
-    trained = [str(run) for run in runs if (run / "checkpoints").exists()]
+    trained = trained_runs(settings)
     if not trained:
         return
 
-    model = [f"--run={trained[-1]}"]
-    samples, report = settings.scratch / "drawn", settings.scratch / "metrics.json"
+    model, report = [f"--run={trained[-1]}"], settings.scratch / "metrics.json"
     features = "efficientnet_lite0" if has("efficientnet_lite_pytorch") and not settings.rehearse else "none"
-    sample = ["sample", f"--steps={2 if settings.rehearse else 12}"]
+    metrics = ["--images=2000", "--importance-samples=0", "--batch-size=250", f"--features={features}", f"--json={report}"]
     commands = {
-        "samples.png": [*sample, *model, f"--num={SAMPLES}", f"--save-images={samples}", f"--out={out / 'samples.png'}"],
-        "reconstructions.png": [*sample, *model, "--num=32", "--reconstruct", f"--out={out / 'reconstructions.png'}"],
-        METRICS: ["evaluate", *model, "--images=2000", "--importance-samples=0", f"--features={features}", f"--json={report}"],
+        METRICS: ["evaluate", *model, *metrics],
+        "reconstructions.png": ["sample", *model, "--num=32", "--reconstruct", f"--out={out / 'reconstructions.png'}"],
     }
     if has("plotly") and has("jinja2"):
         commands["report.html"] = ["report", *trained, f"--out={out / 'report.html'}"]
@@ -69,17 +74,22 @@ def run(runner: Runner, out: Path, deadline: float, record: Record) -> None:
         Task([name], [sys.executable, "-m", f"vae_scale.{command}", *words], 60, writes_results=False)
         for name, (command, *words) in commands.items()
     ]
+    tasks.insert(1, Task([SAMPLES, NEIGHBOURS], [sys.executable, PROGRAM, SAMPLES, NEIGHBOURS], 60))
 
     def record_metrics(entry: Entry) -> None:
         if entry.name == METRICS and entry.status == "passed":
             entry.values = json.loads(report.read_text())
-            metrics = (text.format(entry.values[name]) for name, text in SHOWN_METRICS.items() if name in entry.values)
-            entry.detail = f"{', '.join(metrics)}; {entry.values['images']:,} images of {entry.values['split']}"
+            texts = [text.format(entry.values[name]) for name, text in SHOWN_METRICS.items() if name in entry.values]
+            entry.detail = f"{', '.join(texts)}; {entry.values['images']:,} images of {entry.values['split']}"
         record(entry)
 
     runner.run_all(tasks, 2 if settings.rehearse else 4, deadline, record_metrics)
-    if samples.exists():
-        runner.run(Task([NEIGHBOURS], [sys.executable, PROGRAM, NEIGHBOURS], 40), 4, deadline, record)
+
+
+def trained_runs(settings: Settings) -> list[str]:
+    """Returns the runs of this stage that have a checkpoint: the VAE, then its flow."""
+    runs = [settings.scratch / f"quality_{name}" for name in (VAE, FLOW)]
+    return [str(run) for run in runs if (run / "checkpoints").exists()]
 
 
 def has(package: str) -> bool:
@@ -95,14 +105,13 @@ def options(name: str, settings: Settings, purpose: str = "quality") -> list[str
     words += ["--track.tracker=none", "--log=json", "--evaluate.early=false", *(TINY if settings.rehearse else COMMON)]
     words += [f"--{key}={NEVER}" for key in ("train.log_every", "train.images", "evaluate.every", "checkpoint.every")]
     if name == FLOW:
-        words += [f"--prior.vae={settings.scratch / f'{purpose}_{VAE}'}", "--optimizer.lr=0.0005", "--train.ema_decay=0.995"]
+        words += [f"--prior.vae={settings.scratch / f'{purpose}_{VAE}'}", "--optimizer.lr=0.001"]
         return [*words, *(["--prior.width=32", "--prior.depth=1"] if settings.rehearse else [])]
-    words += ["--optimizer.lr=0.001", "--train.ema_decay=0.99"]
+    words += ["--optimizer.lr=0.001"]
     if settings.rehearse:
         return [*words, "--model.preset=tiny", "--model.width=16"]
     side = ShardSet.open(str(settings.images)).image_shape[0]
-    patch = next((patch for patch in (2, 1, 4) if side % (4 * patch) == 0 and side // (4 * patch) in LATENT_SIDES), 2)
-    return [*words, "--model.preset=base", f"--model.patch_size={patch}"]
+    return [*words, "--model.preset=base", f"--model.channel_mult={[1, 2] if side <= 64 else [1, 2, 4]}"]
 
 
 def time_steps(trainer: "Trainer", batches: "Iterator[Batch]", steps: int) -> float:
@@ -128,7 +137,9 @@ def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
             steps += 5
     speed = steps / elapsed
     left = plan["ends"][name] - time.time() - (1.0 if settings.rehearse else TAIL)
-    train.images = trainer.images_seen + max(1, int(0.95 * left * speed)) * train.global_batch_size
+    steps = max(1, int(0.95 * left * speed))
+    train.images = trainer.images_seen + steps * train.global_batch_size
+    trainer.ema.decay = 1 - 1 / max(10, AVERAGED * steps)
     train.log_every = 5 if settings.rehearse else 50
     begin = time.perf_counter()
     trainer.run()
@@ -140,6 +151,16 @@ def train(name: str, settings: Settings) -> tuple[str, dict[str, Any]]:
     elapsed = time.perf_counter() - begin
     summary = f"held out: {', '.join(texts)}" if texts else "stopped at its time limit, before the evaluation"
     return f"{trainer.images_seen:,} images in {elapsed:.0f} s after compilation; {summary}", values
+
+
+def draw_samples(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """Draws samples, as a grid and as one file each."""
+    from vae_scale import sample
+
+    plan, run = json.loads((settings.scratch / PLAN).read_text()), trained_runs(settings)[-1]
+    words = [f"--run={run}", f"--num={NUM_SAMPLES}", f"--save-images={settings.scratch / 'drawn'}"]
+    sample.main([*words, f"--steps={2 if settings.rehearse else 12}", f"--out={Path(plan['out']) / SAMPLES}"])
+    return f"{NUM_SAMPLES} samples, not selected", {}
 
 
 def neighbours(settings: Settings) -> tuple[str, dict[str, Any]]:
@@ -178,6 +199,7 @@ def neighbours(settings: Settings) -> tuple[str, dict[str, Any]]:
 TASKS: dict[str, Callable[[Settings], tuple[str, dict[str, Any]]]] = {
     VAE: partial(train, VAE),
     FLOW: partial(train, FLOW),
+    SAMPLES: draw_samples,
     NEIGHBOURS: neighbours,
 }
 

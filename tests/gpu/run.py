@@ -1,8 +1,8 @@
 """Checks correctness and measures speed on a machine with a GPU.
 
-Stages: environment, correctness, speed, and quality, which uses the remaining time. Each check and measurement runs in a
-separate process with a time limit. `results.json` and `RESULTS.md` are rewritten after each, so an interrupted run keeps its
-results.
+Stages: environment, correctness, speed, and quality, which uses the remaining time. `--stages` selects some of them; the
+environment is always measured. Each check and measurement runs in a separate process with a time limit. `results.json` and
+`RESULTS.md` are rewritten after each, so an interrupted run keeps its results.
 `--rehearse` runs everything with tiny sizes on a CPU. Exit status: 0, 1 if anything failed, 2 without a GPU.
 """
 
@@ -22,12 +22,12 @@ from pathlib import Path
 
 import quality
 from processes import Entry, Runner, Settings, Task
-from report import Results
+from report import STAGES, Results
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 4.0  # seconds reserved for cleanup
 ENVIRONMENT_SECONDS, CORRECTNESS_SECONDS = 60.0, 120.0
-CORRECTNESS_FRACTION, SPEED_FRACTION = 0.22, 0.40  # maximum fraction of the total time
+CORRECTNESS_FRACTION, SPEED_FRACTION = 0.25, 0.40  # maximum fraction of the total time, except for the last stage
 CHECK_SECONDS, MEASUREMENT_SECONDS, GROUP_SECONDS = 110.0, 150.0, 200.0
 LEAST = 20.0  # minimum remaining seconds to start a measurement
 
@@ -35,8 +35,16 @@ LEAST = 20.0  # minimum remaining seconds to start a measurement
 def parser() -> argparse.ArgumentParser:
     """Returns the argument parser."""
     command = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    command.add_argument("--minutes", type=float, default=9.0, metavar="M", help="total time (default: 9)")
+    command.add_argument("--minutes", type=float, default=15.0, metavar="M", help="total time (default: 15)")
     command.add_argument("--shards", type=Path, metavar="DIR", help="images for the last stage, of 32 to 96 pixels a side")
+    command.add_argument(
+        "--stages",
+        nargs="+",
+        default=STAGES[1:],
+        choices=STAGES[1:],
+        metavar="STAGE",
+        help="correctness, speed, quality (default: all)",
+    )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
     command.add_argument("--rehearse", action="store_true", help="run everything with tiny sizes on a CPU, without --shards")
     return command
@@ -67,20 +75,21 @@ def run_stages(args: argparse.Namespace, settings: Settings, results: Results, b
 
     def run_tasks(program: str, table: str, seconds: float, limit: float, parallel: int, least: float = 0.0) -> None:
         num_workers = 2 if rehearse else max(1, parallel)
-        deadline = end if rehearse else min(end, time.monotonic() + seconds)
-        record = partial(results.add, program.removesuffix(".py"))
+        stage = program.removesuffix(".py")
+        deadline = end if rehearse or stage == args.stages[-1] else min(end, time.monotonic() + seconds)
+        record = partial(results.add, stage)
         runner.run_all(tasks(program, table, settings, limit, least), num_workers, deadline, record)
 
     correctness_limit, speed_limit = min(CORRECTNESS_SECONDS, CORRECTNESS_FRACTION * total), SPEED_FRACTION * total
     stages: dict[str, Callable[[], None]] = {
         "environment": lambda: run_tasks("environment.py", "FACTS", ENVIRONMENT_SECONDS, ENVIRONMENT_SECONDS, 3),
         "correctness": lambda: run_tasks("correctness.py", "CHECKS", correctness_limit, CHECK_SECONDS, min(6, cores // 2)),
-        "speed": lambda: run_tasks("speed.py", "MEASUREMENTS", speed_limit, MEASUREMENT_SECONDS, min(3, cores // 4), LEAST),
+        "speed": lambda: run_tasks("speed.py", "MEASUREMENTS", speed_limit, MEASUREMENT_SECONDS, min(5, cores // 3), LEAST),
         "quality": lambda: quality.run(runner, args.out, end, partial(results.add, "quality")),
     }
-    for name, stage in stages.items():
+    for name in (STAGES[0], *args.stages):
         try:
-            stage()
+            stages[name]()
         except Exception as error:
             traceback.print_exc()
             results.add(name, Entry("the stage itself", "failed", f"{type(error).__name__}: {error}"))

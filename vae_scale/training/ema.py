@@ -16,13 +16,14 @@ class EMA:
     """An exponential moving average of a model's weights. With a decay of 0 it is the model itself.
 
     Attributes:
+        decay: The decay per step.
         model: The averaged model in evaluation mode; up to date only within `gathered`. If weights are sharded, its parameters
             are empty outside of it.
     """
 
     def __init__(self, model: VAE, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._decay = decay
+        self.decay = decay
 
     @torch.no_grad()
     def attach(self, model: VAE) -> None:
@@ -41,9 +42,9 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Updates the average after optimizer step `step` (1, 2, ...). The decay is smaller in the first steps."""
-        if not self._decay:
+        if not self.decay:
             return
-        decay = min(self._decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averaged, self._sources, 1 - decay)
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._source_buffers)
@@ -70,7 +71,7 @@ class EMA:
 
     @torch.no_grad()
     def _copy_if_no_decay(self) -> None:
-        if not self._decay:
+        if not self.decay:
             torch._foreach_copy_([*self._averaged, *self._buffers], [*self._sources, *self._source_buffers])
 
     def _free_full_parameters(self) -> None:
