@@ -37,12 +37,8 @@ SHOWN_METRICS = {
     "frechet_distance": "of samples {:.1f}",
     "recall": "recall {:.2f}",
 }
-COMMON = [
-    "--train.batch_size=256",
-    "--optimizer.warmup_images=20000",
-    "--evaluate.prior_fit_images=2000",
-    "--evaluate.images=1000",
-]
+CONFIGS = {VAE: "gpu.yaml", FLOW: "gpu_prior.yaml"}
+FEW_IMAGES = ["--evaluate.prior_fit_images=2000", "--evaluate.images=1000"]
 TINY = ["--train.batch_size=8", "--optimizer.warmup_images=64", "--evaluate.prior_fit_images=32", "--evaluate.images=32"]
 
 
@@ -101,17 +97,17 @@ def options(name: str, settings: Settings, purpose: str = "quality") -> list[str
     """Returns the command line of a training run for the resolution of the shards."""
     from vae_scale.data.shards import ShardSet
 
-    words = [f"--data.shards={settings.images}", f"--run={settings.scratch / f'{purpose}_{name}'}"]
-    words += ["--track.tracker=none", "--log=json", "--evaluate.early=false", *(TINY if settings.rehearse else COMMON)]
+    words = [f"--config=configs/{CONFIGS[name]}", f"--data.shards={settings.images}"]
+    words += [f"--run={settings.scratch / f'{purpose}_{name}'}", "--track.tracker=none", "--log=json"]
+    words += ["--evaluate.early=false", *(TINY if settings.rehearse else FEW_IMAGES)]
     words += [f"--{key}={NEVER}" for key in ("train.log_every", "train.images", "evaluate.every", "checkpoint.every")]
     if name == FLOW:
-        words += [f"--prior.vae={settings.scratch / f'{purpose}_{VAE}'}", "--optimizer.lr=0.001"]
+        words.append(f"--prior.vae={settings.scratch / f'{purpose}_{VAE}'}")
         return [*words, *(["--prior.width=32", "--prior.depth=1"] if settings.rehearse else [])]
-    words += ["--optimizer.lr=0.001"]
     if settings.rehearse:
         return [*words, "--model.preset=tiny", "--model.width=16"]
-    side = ShardSet.open(str(settings.images)).image_shape[0]
-    return [*words, "--model.preset=base", f"--model.channel_mult={[1, 2] if side <= 64 else [1, 2, 4]}"]
+    is_large = ShardSet.open(str(settings.images)).image_shape[0] > 64
+    return [*words, *(["--model.channel_mult=[1, 2, 4]"] if is_large else [])]
 
 
 def time_steps(trainer: "Trainer", batches: "Iterator[Batch]", steps: int) -> float:
