@@ -152,7 +152,8 @@ def flow_step(settings: Settings, *more: str, **choice: Any) -> Result:
     """Measures the step of the flow prior of stl10_prior.yaml over an untrained VAE."""
     vae = settings.scratch / f"vae_of_flow_{slug(choice.get('choice', ''))}"
     words = ["--train.images=1", "--train.compile=off", "--evaluate.images=8", "--evaluate.prior_fit_images=8"]
-    Trainer(configuration(settings, "stl10", 8, f"--run={vae}", *words)).run()
+    with exclusive_device(settings):
+        Trainer(configuration(settings, "stl10", 8, f"--run={vae}", *words)).run()
     reset_state()
     tiny = TINY_FLOW if settings.rehearse else []
     return step("stl10_prior", 256, settings, f"--prior.vae={vae}", *tiny, *more, **choice)
