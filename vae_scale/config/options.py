@@ -131,14 +131,12 @@ class ObjectiveConfig:
     """The loss of a VAE in nats per image: -log p(image | latent) + beta KL.
 
     Attributes:
-        beta: Weight of the KL divergence. 1 gives the negative ELBO.
+        beta: Weight of the KL divergence. 1 gives the negative ELBO; less keeps more latent channels in use.
         beta_warmup_images: Images over which beta increases linearly from 0.
-        free_bits: KL divergence in nats per latent channel and image below which it is not penalized.
     """
 
     beta: NonNegativeFloat = 1.0
     beta_warmup_images: NonNegativeInt = 0
-    free_bits: NonNegativeFloat = 0.0
 
 
 @dataclass

@@ -35,10 +35,6 @@ class Objective(nn.Module):
 class ELBO(Objective):
     """The loss -log p(x | z) + beta KL(q(z | x) || p(z)) (Kingma & Welling, 2014, eq. 3, with beta = 1)."""
 
-    def __init__(self, model: VAE, config: Config) -> None:
-        super().__init__(model, config)
-        self.free_bits = config.objective.free_bits
-
     def forward(self, images: Tensor, random_inputs: Tensors, beta: Tensor) -> tuple[Tensor, Tensors]:
         """Returns the loss and the metrics, scalars without gradient.
 
@@ -49,13 +45,11 @@ class ELBO(Objective):
 
         Returns:
             The loss in nats per image and dimension, so that gradients stay in fp16's range. The metrics `loss`,
-            `reconstruction` (-log p(x | z)) and `kl` in nats per image, and `reconstruction_error` (see `Likelihood`). In the
-            loss, the KL divergence of each channel is at least `free_bits` nats (Kingma et al., 2016, appendix C.8).
+            `reconstruction` (-log p(x | z)) and `kl` in nats per image, and `reconstruction_error` (see `Likelihood`).
         """
         x = self.preprocess(images, random_inputs)
         terms = self.model(x, random_inputs["noise"])
-        kl = terms.kl.clamp(min=self.free_bits) if self.free_bits else terms.kl
-        loss = (beta * kl.sum(1) - terms.log_prob).mean()
+        loss = (beta * terms.kl.sum(1) - terms.log_prob).mean()
         metrics = {
             "loss": loss.detach(),
             "reconstruction": -terms.log_prob.detach().mean(),
