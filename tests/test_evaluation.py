@@ -1,4 +1,4 @@
-"""Invariances of evaluation and prior fitting, and schedules."""
+"""Invariances of evaluation and prior fitting, and the learning rate."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vae_scale.config.options import PRESETS, ObjectiveConfig, OptimizerConfig, VAEConfig
+from vae_scale.config.options import PRESETS, OptimizerConfig, VAEConfig
 from vae_scale.data.shards import ShardSet
 from vae_scale.evaluation.evaluator import evaluate
 from vae_scale.evaluation.latents import fit_prior
 from vae_scale.models.networks import build_model
 from vae_scale.models.vae import VAE
 from vae_scale.runtime.distributed import DistContext
-from vae_scale.training.schedules import kl_weight, learning_rate
+from vae_scale.training.optimizer_step import learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,3 @@ def test_learning_rate_warms_up_to_its_maximum_and_decays_to_a_hundredth(seen: i
         assert learning_rate(config, seen, images) < learning_rate(config, seen + 1, images) + 1e-12
     constant = OptimizerConfig(lr=0.5, warmup_images=warmup, schedule="constant")
     assert learning_rate(constant, images, images) == 0.5
-
-
-@given(st.integers(0, 1_000))
-def test_beta_warms_up_to_its_weight(warmup: int) -> None:
-    config = ObjectiveConfig(beta=2.0, beta_warmup_images=warmup)
-    assert kl_weight(config, warmup) == 2.0
-    assert 0 < kl_weight(config, 0) <= 2.0

@@ -64,7 +64,7 @@ def build_objective(options: list[str]) -> tuple[ELBO, tuple[Any, ...]]:
     random_inputs = {"noise": torch.randn(4, *model.latent_shape), "flips": torch.arange(4) % 2 == 0}
     if config.data.random_crop:
         random_inputs["augmentation"] = torch.rand(4, 6)
-    return ELBO(model, config), (torch.from_numpy(discs(4, 0)), random_inputs, torch.ones(()))
+    return ELBO(model, config), (torch.from_numpy(discs(4, 0)), random_inputs)
 
 
 @pytest.mark.usefixtures("gpu_group_norm")
@@ -143,7 +143,7 @@ def conv_biases(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @pytest.mark.parametrize("network", ["resnet", "vector"])
 def test_group_norm_does_not_cancel_the_bias_of_a_convolution(network: str) -> None:
-    objective, (images, random_inputs, *_) = build_objective(OPTIONS[network])
+    objective, (images, random_inputs) = build_objective(OPTIONS[network])
     x = objective.preprocess(images, random_inputs)
 
     def outputs() -> Tensor:

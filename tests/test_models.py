@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import vae_scale
 from vae_scale import ResNetVAE
-from vae_scale.config.options import PRESETS, Config, VAEConfig
+from vae_scale.config.options import PRESETS, Config, ObjectiveConfig, VAEConfig
 from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import Attention, GroupNorm, ResBlock, depth_to_space, space_to_depth
@@ -167,13 +167,6 @@ def test_the_optimal_scale_converges_to_the_error_and_maximizes_the_likelihood()
             assert GaussianLaplace(power, best.item() * factor).log_prob(output, x).sum() < at_best  # type: ignore[arg-type]
 
 
-def test_a_learned_scale_is_a_parameter_with_a_gradient() -> None:
-    model = tiny(likelihood_scale="learned")
-    assert "likelihood.log_scale" in dict(model.named_parameters())
-    model(torch.zeros(1, 3, 96, 96), torch.zeros(1, *model.latent_shape)).elbo.sum().backward()
-    assert model.likelihood.log_scale.grad != 0
-
-
 def test_the_elbo_is_below_the_importance_weighted_bound() -> None:
     """log p(x) >= E[log 1/K sum w] >= ELBO (Burda et al., 2016)."""
     model = tiny(latent="vector", latent_channels=2, likelihood="gaussian", likelihood_scale=1.0)
@@ -208,7 +201,7 @@ def test_the_kl_is_in_fp32_under_autocast() -> None:
 
 @pytest.mark.parametrize("latent", ["spatial", "vector"])
 def test_every_parameter_gets_a_gradient(latent: str) -> None:
-    model = tiny(latent=latent, attention=True, likelihood_scale="learned")
+    model = tiny(latent=latent, attention=True)
     with torch.no_grad():
         for parameter in model.parameters():  # zero-initialized layers block the gradients of the layers before them
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -223,10 +216,10 @@ def test_the_objective_is_the_negative_elbo_per_dimension_with_a_weighted_kl() -
     noise = torch.randn(4, *model.latent_shape)
     random_inputs = {"noise": noise, "flips": torch.zeros(4, dtype=torch.bool)}
     terms = model(normalize_images(images), noise)
-    loss, metrics = ELBO(model, Config())(images, random_inputs, torch.tensor(1.0))
+    loss, metrics = ELBO(model, Config())(images, random_inputs)
     assert loss.item() == pytest.approx(-terms.elbo.mean().item() / model.dimensions, rel=1e-5)
     assert metrics["loss"].item() == pytest.approx(-terms.elbo.mean().item(), rel=1e-5)
-    half, _ = ELBO(model, Config())(images, random_inputs, torch.tensor(0.5))
+    half, _ = ELBO(model, Config(objective=ObjectiveConfig(beta=0.5)))(images, random_inputs)
     kl = terms.kl.sum(1).mean().item() / model.dimensions
     assert loss.item() - half.item() == pytest.approx(0.5 * kl, rel=1e-2)
 

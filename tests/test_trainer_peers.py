@@ -85,7 +85,7 @@ def test_the_plain_network_gives_the_same_loss(words: list[str]) -> None:
     images = torch.from_numpy(discs(3, 0))
     noise = torch.randn(3, *model.latent_shape)
     objective = ELBO(model.to(memory_format=torch.channels_last), config)
-    loss, _ = objective(images, {"noise": noise}, torch.tensor(1.0))
+    loss, _ = objective(images, {"noise": noise})
     expected = written(images.permute(0, 3, 1, 2).float() / 255, noise)
     assert expected.item() == pytest.approx(loss.item() * model.dimensions, rel=1e-5)
 

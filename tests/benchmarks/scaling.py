@@ -217,10 +217,10 @@ def size(config: Config) -> Size:
         model = build_model(config.model, SIDE)
         images = torch.empty(1, SIDE, SIDE, 3, dtype=torch.uint8)
         random_inputs = {"noise": torch.empty(1, *model.latent_shape)}
-        objective, one = ELBO(model, config), torch.ones(())
+        objective = ELBO(model, config)
 
         def loss() -> Tensor:
-            return objective(images, random_inputs, one)[0]
+            return objective(images, random_inputs)[0]
 
         flops = count_flops(loss)
     parameters = sum(parameter.numel() for parameter in model.parameters())

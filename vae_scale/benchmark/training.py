@@ -106,7 +106,7 @@ class MeasuredTrainer:
         self._batches = batches
         batch = next(batches)
         self._images = batch.images.clone()  # the stream reuses its buffers
-        self._random_inputs, self._schedule_values = trainer.random_inputs(batch), trainer.stage.schedule_values(0)
+        self._random_inputs = trainer.random_inputs(batch)
 
     def choose_steps(self, seconds: float) -> None:
         """Warms up, and sets the number of steps so that runs take about `seconds` and log at least once."""
@@ -124,7 +124,7 @@ class MeasuredTrainer:
 
         def take_steps() -> None:
             for _ in range(self.steps):
-                trainer.compute_gradients(self._images, self._random_inputs, self._schedule_values)
+                trainer.compute_gradients(self._images, self._random_inputs)
                 scaler.step(adamw)
                 scaler.update()
                 adamw.zero_grad(set_to_none=True)
@@ -153,7 +153,7 @@ class MeasuredTrainer:
     def loss_of_one_image(self) -> Tensor:
         """Computes the loss eagerly, because operations of compiled code cannot be counted."""
         random_inputs = {name: values[:1] for name, values in self._random_inputs.items()}
-        return self.trainer.objective(self._images[:1], random_inputs, *self._schedule_values)[0]
+        return self.trainer.objective(self._images[:1], random_inputs)[0]
 
 
 def count_flops(loss: Callable[[], Tensor]) -> int:

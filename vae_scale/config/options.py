@@ -63,7 +63,7 @@ class VAEConfig:
         latent: spatial (a feature map) or vector (one vector per image).
         latent_channels: Channels of the latent map, or length of the latent vector.
         likelihood: Distribution p(image | latent). mse is the squared error of an output with a sigmoid.
-        likelihood_scale: Scale of gaussian and laplace for images in [-1, 1]: optimal (sigma-VAE), learned or a number.
+        likelihood_scale: Scale of gaussian and laplace for images in [-1, 1]: optimal (sigma-VAE) or a number.
     """
 
     preset: Preset = "base"
@@ -76,7 +76,7 @@ class VAEConfig:
     latent: Literal["spatial", "vector"] = "spatial"
     latent_channels: PositiveInt = 8
     likelihood: Literal["gaussian", "laplace", "mse"] = "gaussian"
-    likelihood_scale: Literal["optimal", "learned"] | PositiveFloat = "optimal"
+    likelihood_scale: Literal["optimal"] | PositiveFloat = "optimal"
 
     @property
     def downsampling_factor(self) -> int:
@@ -132,11 +132,9 @@ class ObjectiveConfig:
 
     Attributes:
         beta: Weight of the KL divergence. 1 gives the negative ELBO; less keeps more latent channels in use.
-        beta_warmup_images: Images over which beta increases linearly from 0.
     """
 
     beta: NonNegativeFloat = 1.0
-    beta_warmup_images: NonNegativeInt = 0
 
 
 @dataclass

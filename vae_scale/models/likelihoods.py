@@ -58,10 +58,7 @@ class GaussianLaplace(Likelihood):
         self.power = power
         self.is_optimal = scale == "optimal"
         initial = torch.tensor(math.log(0.5) if isinstance(scale, str) else math.log(scale))
-        if scale == "learned":
-            self.log_scale = nn.Parameter(initial)
-        else:
-            self.register_buffer("log_scale", initial)
+        self.register_buffer("log_scale", initial)
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
         """See `Likelihood`."""

@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vae_scale.errors import UserError
 from vae_scale.models.blocks import Block
 
 
@@ -20,15 +19,7 @@ def fsdp_enabled() -> bool:
 
 
 def apply_fsdp(objective: nn.Module, device: torch.device, world_size: int, grad_reduce_dtype: str) -> FSDPModule:
-    """Shards the weights of `objective` over all ranks, block by block. `grad_reduce_dtype` is fp32 or bf16.
-
-    Raises:
-        UserError: if a parameter is a scalar, which FSDP2 cannot shard.
-    """
-    if scalars := [name for name, parameter in objective.named_parameters() if not parameter.ndim]:
-        raise UserError(
-            f"{scalars[0]} is a scalar, which FSDP2 cannot shard: use another model.likelihood_scale or launch/ddp.yaml"
-        )
+    """Shards the weights of `objective` over all ranks, block by block. `grad_reduce_dtype` is fp32 or bf16."""
     for parameter in objective.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP2 does not support channels_last weights
     mesh = init_device_mesh(device.type, (world_size,))

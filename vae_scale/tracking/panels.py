@@ -13,7 +13,6 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "Reconstruction": ("train/reconstruction", "eval/reconstruction"),
         "KL divergence": ("train/kl", "eval/kl"),
         "KL divergence per latent channel": ("eval/kl_per_channel",),
-        "KL weight (beta)": ("train/beta",),
     },
     "Optimization": {
         "Gradient norm before clipping": ("train/grad_norm",),

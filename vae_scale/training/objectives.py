@@ -35,13 +35,16 @@ class Objective(nn.Module):
 class ELBO(Objective):
     """The loss -log p(x | z) + beta KL(q(z | x) || p(z)) (Kingma & Welling, 2014, eq. 3, with beta = 1)."""
 
-    def forward(self, images: Tensor, random_inputs: Tensors, beta: Tensor) -> tuple[Tensor, Tensors]:
+    def __init__(self, model: VAE, config: Config) -> None:
+        super().__init__(model, config)
+        self.beta = config.objective.beta
+
+    def forward(self, images: Tensor, random_inputs: Tensors) -> tuple[Tensor, Tensors]:
         """Returns the loss and the metrics, scalars without gradient.
 
         Args:
             images: uint8 [b, h, w, 3].
             random_inputs: `noise`, N(0, I) in the latents' shape; optionally `flips` [b] and `augmentation` [b, 6].
-            beta: Weight of the KL divergence, a scalar.
 
         Returns:
             The loss in nats per image and dimension, so that gradients stay in fp16's range. The metrics `loss`,
@@ -49,7 +52,7 @@ class ELBO(Objective):
         """
         x = self.preprocess(images, random_inputs)
         terms = self.model(x, random_inputs["noise"])
-        loss = (beta * terms.kl.sum(1) - terms.log_prob).mean()
+        loss = (self.beta * terms.kl.sum(1) - terms.log_prob).mean()
         metrics = {
             "loss": loss.detach(),
             "reconstruction": -terms.log_prob.detach().mean(),

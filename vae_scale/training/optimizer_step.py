@@ -1,5 +1,6 @@
 """The optimizer step: AdamW with gradient clipping, skipped if gradients are not finite or exceed a threshold."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,6 +11,19 @@ from torch.nn.utils import get_total_norm
 
 from vae_scale.config.options import OptimizerConfig
 from vae_scale.runtime.sharding import full_tensor, shard_like
+
+FINAL_LR_FACTOR = 0.01  # learning rate at the end of the cosine schedule, relative to the peak
+
+
+def learning_rate(config: OptimizerConfig, images_seen: int, total_images: int) -> float:
+    """Returns the learning rate: linear warm-up, then constant or cosine decay to `FINAL_LR_FACTOR` of the peak."""
+    if images_seen < config.warmup_images:
+        return config.lr * (images_seen + 1) / (config.warmup_images + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (images_seen - config.warmup_images) / max(1, total_images - config.warmup_images))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr * (FINAL_LR_FACTOR + (1 - FINAL_LR_FACTOR) * cosine)
 
 
 class OptimizerStep:

@@ -46,7 +46,7 @@ def largest_batch_size(config: Config, stage: Stage, train_set: ShardSet, accele
         images = torch.zeros(count, *train_set.image_shape, dtype=torch.uint8, device=stage.device)
         random_inputs = stage.add_row_inputs(stage.random_inputs(0, count), np.zeros(count, np.int64))
         with accelerator.autocast():
-            loss: Tensor = objective(images, random_inputs, *stage.schedule_values(0))[0]
+            loss: Tensor = objective(images, random_inputs)[0]
         return loss
 
     num_microbatches = dist.world_size * config.train.gradient_accumulation_steps

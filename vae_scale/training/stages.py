@@ -23,7 +23,6 @@ from vae_scale.runtime import checkpoint
 from vae_scale.runtime.distributed import DistContext
 from vae_scale.training import augmentation
 from vae_scale.training.objectives import ELBO, FlowMatching, Objective, Tensors
-from vae_scale.training.schedules import kl_weight
 
 MAX_ENCODED_BYTES = 4 * 2**30  # on each device; STL-10 in latents of 8 x 12 x 12 takes 1 GiB
 
@@ -63,10 +62,6 @@ class Stage(ABC):
     def is_guide_due(self, images_seen: int) -> bool:
         """Whether the weights after `images_seen` images, or earlier ones, guide samples of the final model."""
         return False
-
-    def schedule_values(self, images_seen: int) -> tuple[Tensor, ...]:
-        """Returns the scheduled arguments of the objective: scalars."""
-        return ()
 
     def on_train_start(self) -> None:
         """Called before the first step, when the weights of the checkpoint are loaded, if there is one."""
@@ -115,11 +110,6 @@ class VAEStage(Stage):
             inputs["augmentation"] = self._augmentation(images_seen, batch_size)
         return inputs | self._flips(images_seen, batch_size)
 
-    def schedule_values(self, images_seen: int) -> tuple[Tensor, ...]:
-        """Returns beta."""
-        # Filled on the device: a copy from the host would synchronize with it.
-        return (torch.full((), kl_weight(self.config.objective, images_seen), device=self.device),)
-
     def on_step_end(self, metrics: Tensors, is_taken: Tensor) -> None:
         """Updates the scale of the likelihood."""
         self.model.likelihood.update_scale(metrics["reconstruction_error"], is_taken)
@@ -132,7 +122,6 @@ class VAEStage(Stage):
             "train/neg_elbo": neg_elbo,
             "train/reconstruction": means["reconstruction"],
             "train/kl": means["kl"],
-            "train/beta": kl_weight(self.config.objective, images_seen),
         }
         metrics["train/bits_per_dim"] = bits_per_dim(neg_elbo, self.model.dimensions)
         return metrics, f"{metrics['train/bits_per_dim']:.3f} bits/dim"

@@ -32,8 +32,7 @@ from vae_scale.training.divergence import SKIP_REASON, divergence_error
 from vae_scale.training.ema import EMA
 from vae_scale.training.metrics import CONSECUTIVE_SKIPS, STEPS_SKIPPED, STEPS_TAKEN, AsyncAllReduce, MetricAccumulator
 from vae_scale.training.objectives import Tensors
-from vae_scale.training.optimizer_step import OptimizerStep
-from vae_scale.training.schedules import learning_rate
+from vae_scale.training.optimizer_step import OptimizerStep, learning_rate
 from vae_scale.training.setup import (
     build_stream,
     compile_objective,
@@ -171,7 +170,7 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> None:
         """Takes one optimizer step on a global batch. `batch` is this process's part of it."""
-        metrics = self.compute_gradients(batch.images, self.random_inputs(batch), self.stage.schedule_values(self.images_seen))
+        metrics = self.compute_gradients(batch.images, self.random_inputs(batch))
         # Overlaps with the optimizer step.
         reduction = AsyncAllReduce(metrics | {"stop": self.signal_handler.local_flag()}, self.world_size)
         lr = learning_rate(self.config.optimizer, self.images_seen, self.config.train.images)
@@ -183,7 +182,7 @@ class Trainer:
         self.metrics.update(metrics | {"grad_norm": grad_norm}, is_taken)
         self.images_seen += self.batch_size
 
-    def compute_gradients(self, images: Tensor, random_inputs: Tensors, schedule_values: tuple[Tensor, ...]) -> Tensors:
+    def compute_gradients(self, images: Tensor, random_inputs: Tensors) -> Tensors:
         """Accumulates gradients over microbatches and averages them over processes.
 
         Returns:
@@ -200,7 +199,7 @@ class Trainer:
             with self._grad_sync(index == num_microbatches - 1):
                 # FSDP gathers weights in the forward pass, whose time then includes waiting for other processes.
                 with self.accelerator.autocast(), self.step_timer.record(not sharding.fsdp_enabled()):
-                    loss, metrics = self.forward(images[part], inputs, *schedule_values)
+                    loss, metrics = self.forward(images[part], inputs)
                 self.accelerator.backward(loss / num_microbatches)
             values = torch._foreach_div(list(metrics.values()), num_microbatches * self.world_size)
             sums = torch._foreach_add(sums, values) if sums else tuple(values)
