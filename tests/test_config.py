@@ -28,9 +28,11 @@ def test_precedence_is_preset_then_files_then_command_line(tmp_path: Path) -> No
 
 
 def test_values_are_plain_python_types() -> None:
-    config, _ = parse(["--optimizer.betas=[0, 0.5]", "--model.channel_mult=[1, 2]", "--model.likelihood_scale=1", "--run=null"])
+    config, _ = parse(
+        ["--optimizer.betas=[0, 0.5]", "--model.channel_mult=[1, 2]", "--optimizer.max_grad_norm=1", "--run=null"]
+    )
     assert config.optimizer.betas == (0.0, 0.5)
-    values = [*config.optimizer.betas, *config.model.channel_mult, config.model.likelihood_scale, config.seed, config.run]
+    values = [*config.optimizer.betas, *config.model.channel_mult, config.optimizer.max_grad_norm, config.seed, config.run]
     assert [type(value) for value in values] == [float, float, int, int, float, int, type(None)]
 
 
@@ -65,7 +67,7 @@ def test_every_configuration_file_is_valid_and_is_restored_from_yaml(file: Path,
         ("--train.precision fp8", "train.precision: expected one of 'auto', 'bf16', 'fp16', 'tf32', 'fp32', got 'fp8'"),
         ("--model.preset huge", "model.preset: expected one of 'tiny', 'small'"),
         ("--model.num_res_blocks 1001", "model.num_res_blocks: expected an integer from 1 to 1000, got 1001"),
-        ("--model.likelihood_scale -1", "expected 'optimal' or a positive number, got -1"),
+        ("--optimizer.max_grad_norm -1", "optimizer.max_grad_norm: expected a positive number or null, got -1"),
         ("--model.channel_mult [1,0]", "model.channel_mult: expected a list, each value a positive integer, got '[1,0]'"),
         ("--model.channel_mult []", "model.channel_mult has 0 values; it must have 1 to 16"),
         ("--optimizer.betas [1]", "optimizer.betas: expected a list of 2, each value a number from 0 to below 1"),
@@ -177,7 +179,7 @@ def test_help_is_short_and_help_all_describes_every_option(capsys: pytest.Captur
 
 
 def test_network_configuration_is_restored_from_json_and_validated() -> None:
-    config = VAEConfig(preset="small", likelihood_scale=0.1, channel_mult=[1, 2])
+    config = VAEConfig(preset="small", patch_size=2, channel_mult=[1, 2])
     assert vae_config_from_dict(to_dict(config), "config.json") == config
     for change, message in {"widht": 3, "width": "wide", "num_res_blocks": 10**400, "latent": None}.items():
         with pytest.raises(UserError, match=rf"config\.json: .*{change}"):

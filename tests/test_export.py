@@ -23,13 +23,11 @@ from vae_scale.runtime import checkpoint
 
 SIDE = 16
 CONFIGS = {
-    "map": VAEConfig(
-        "tiny", **{**PRESETS["tiny"], "width": 8, "channel_mult": [1], "attention": True, "likelihood": "laplace"}
-    ),
+    "map": VAEConfig("tiny", **{**PRESETS["tiny"], "width": 8, "channel_mult": [1], "attention": True}),
     "vector": VAEConfig("tiny", **{**PRESETS["tiny"], "width": 8, "channel_mult": [1], "latent": "vector"}),
     "notebook": VAEConfig("seed_notebook", **PRESETS["seed_notebook"]),
 }
-KL = VAEConfig("tiny", "kl", width=24, channel_mult=[1, 2], num_res_blocks=1, latent_channels=4, likelihood="laplace")
+KL = VAEConfig("tiny", "kl", width=24, channel_mult=[1, 2], num_res_blocks=1, latent_channels=4)
 
 
 def perturb(model: VAE) -> VAE:

@@ -95,7 +95,7 @@ def test_mutated_model_configs_are_rejected_unless_they_fit_the_weights(
         {"channel_mult": [10**18]},
         {"latent_channels": 2**62},
         {"network": "seed_notebook"},
-        {"likelihood_scale": float("nan")},
+        {"width": float("nan")},
         {"preset": {"__class__": "os.system"}},
     ],
 )

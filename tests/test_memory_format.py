@@ -20,7 +20,6 @@ from vae_scale.training.objectives import ELBO, FlowMatching
 OPTIONS = {
     "resnet": ["--model.preset=base", "--model.num_res_blocks=1"],
     "vector": ["--model.preset=small", "--model.latent=vector"],
-    "laplace": ["--model.preset=tiny", "--model.likelihood=laplace"],
     "augmented": ["--model.preset=tiny", "--data.random_crop=0.2", "--data.color_jitter=0.2"],
     "mse": ["--model.preset=seed_notebook"],
 }

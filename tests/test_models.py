@@ -17,7 +17,7 @@ from vae_scale.config.options import PRESETS, Config, ObjectiveConfig, VAEConfig
 from vae_scale.data.transfer import normalize_images
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import Attention, GroupNorm, ResBlock, depth_to_space, space_to_depth
-from vae_scale.models.likelihoods import LEVELS_PER_UNIT, GaussianLaplace, SigmoidMSE, bits_per_dim
+from vae_scale.models.likelihoods import LEVELS_PER_UNIT, Gaussian, SigmoidMSE, bits_per_dim
 from vae_scale.models.mixture import GaussianMixture
 from vae_scale.models.networks import build_model
 from vae_scale.models.vae import VAE, Posterior, slerp
@@ -121,20 +121,24 @@ def test_kl_equals_pytorchs_and_a_monte_carlo_estimate() -> None:
     assert torch.allclose(posterior.kl().sum(1), estimate, rtol=0.03)
 
 
-@pytest.mark.parametrize("power", [1, 2])
+def gaussian(scale: float) -> Gaussian:
+    likelihood = Gaussian()
+    likelihood.log_scale.fill_(math.log(scale))
+    return likelihood
+
+
 @pytest.mark.parametrize("scale", [0.05, 0.3])
-def test_continuous_likelihoods_integrate_to_one_over_grey_levels(power: int, scale: float) -> None:
-    likelihood = GaussianLaplace(power, scale)  # type: ignore[arg-type]
+def test_the_gaussian_likelihood_integrates_to_one_over_grey_levels(scale: float) -> None:
+    likelihood = gaussian(scale)
     x = torch.linspace(-8, 8, 400_001, dtype=torch.float64).float()
     density = likelihood.log_prob(torch.full((len(x), 1, 1, 1), 0.3), x[:, None, None, None]).double().exp()
     assert torch.trapezoid(density, x.double() * LEVELS_PER_UNIT).item() == pytest.approx(1, abs=1e-3)
 
 
-def test_continuous_likelihoods_equal_pytorchs() -> None:
+def test_the_gaussian_likelihood_equals_pytorchs() -> None:
     output, x = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
-    for power, kind in ((2, torch.distributions.Normal), (1, torch.distributions.Laplace)):
-        reference = (kind(output, 0.2).log_prob(x) - math.log(LEVELS_PER_UNIT)).sum((1, 2, 3))
-        assert torch.allclose(GaussianLaplace(power, 0.2).log_prob(output, x), reference, rtol=1e-4)  # type: ignore[arg-type]
+    reference = (torch.distributions.Normal(output, 0.2).log_prob(x) - math.log(LEVELS_PER_UNIT)).sum((1, 2, 3))
+    assert torch.allclose(gaussian(0.2).log_prob(output, x), reference, rtol=1e-4)
 
 
 def test_the_sigmoid_likelihood_is_normalized() -> None:
@@ -154,22 +158,20 @@ def test_the_sigmoid_likelihood_gives_the_loss_of_the_notebook() -> None:
 def test_the_optimal_scale_converges_to_the_error_and_maximizes_the_likelihood() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 3, 10, 10)
-    for power in (1, 2):
-        likelihood = GaussianLaplace(power, "optimal")  # type: ignore[arg-type]
-        output = x + 0.1 * torch.randn_like(x)
-        for _ in range(200):
-            likelihood.update_scale(likelihood.reconstruction_error(output, x), torch.tensor(True))
-        error = (output - x).abs()
-        best = error.square().mean().sqrt() if power == 2 else error.mean()
-        assert likelihood.log_scale.exp().item() == pytest.approx(best.item(), rel=1e-3)
-        at_best = likelihood.log_prob(output, x).sum()
-        for factor in (0.9, 1.1):
-            assert GaussianLaplace(power, best.item() * factor).log_prob(output, x).sum() < at_best  # type: ignore[arg-type]
+    likelihood, output = Gaussian(), x + 0.1 * torch.randn_like(x)
+    for _ in range(200):
+        likelihood.update_scale(likelihood.reconstruction_error(output, x), torch.tensor(True))
+    best = (output - x).square().mean().sqrt().item()
+    assert likelihood.log_scale.exp().item() == pytest.approx(best, rel=1e-3)
+    at_best = likelihood.log_prob(output, x).sum()
+    for factor in (0.9, 1.1):
+        assert gaussian(best * factor).log_prob(output, x).sum() < at_best
 
 
 def test_the_elbo_is_below_the_importance_weighted_bound() -> None:
     """log p(x) >= E[log 1/K sum w] >= ELBO (Burda et al., 2016)."""
-    model = tiny(latent="vector", latent_channels=2, likelihood="gaussian", likelihood_scale=1.0)
+    model = tiny(latent="vector", latent_channels=2)
+    model.likelihood.log_scale.fill_(0.0)
     x = normalize_images(torch.from_numpy(discs(2, 0)))
     torch.manual_seed(0)
     with torch.no_grad():

@@ -17,7 +17,7 @@ Batch = tuple[Tensor, Tensors]  # images and random inputs
 
 NETWORKS = {
     "resnet": ["--model.preset=tiny", "--model.width=16"],
-    "laplace": ["--model.preset=tiny", "--model.width=16", "--model.likelihood=laplace"],
+    "mse": ["--model.preset=tiny", "--model.width=16", "--model.likelihood=mse"],
     "shallow": [
         "--model.preset=tiny",
         "--model.width=8",

@@ -63,7 +63,6 @@ class VAEConfig:
         latent: spatial (a feature map) or vector (one vector per image).
         latent_channels: Channels of the latent map, or length of the latent vector.
         likelihood: Distribution p(image | latent). mse is the squared error of an output with a sigmoid.
-        likelihood_scale: Scale of gaussian and laplace for images in [-1, 1]: optimal (sigma-VAE) or a number.
     """
 
     preset: Preset = "base"
@@ -75,8 +74,7 @@ class VAEConfig:
     attention: bool = False
     latent: Literal["spatial", "vector"] = "spatial"
     latent_channels: PositiveInt = 8
-    likelihood: Literal["gaussian", "laplace", "mse"] = "gaussian"
-    likelihood_scale: Literal["optimal"] | PositiveFloat = "optimal"
+    likelihood: Literal["gaussian", "mse"] = "gaussian"
 
     @property
     def downsampling_factor(self) -> int:

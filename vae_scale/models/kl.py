@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vae_scale.config.options import VAEConfig
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import chunk_channels
-from vae_scale.models.likelihoods import GaussianLaplace
+from vae_scale.models.likelihoods import Gaussian
 from vae_scale.models.resnet import INITIAL_LOG_SIGMA
 from vae_scale.models.vae import VAE, Posterior
 
@@ -55,8 +55,8 @@ class KLVAE(VAE):
         Raises:
             UserError: if the decoder does not output an image.
         """
-        if not isinstance(self.likelihood, GaussianLaplace):
-            raise UserError(f"model.likelihood {self.config.likelihood}: AutoencoderKL requires gaussian or laplace")
+        if not isinstance(self.likelihood, Gaussian):
+            raise UserError(f"model.likelihood {self.config.likelihood}: AutoencoderKL requires gaussian")
         autoencoder = _build_autoencoder(self.config, self.resolution, scaling_factor)
         autoencoder.encoder, autoencoder.decoder = self.encoder, self.decoder
         return autoencoder

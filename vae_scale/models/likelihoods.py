@@ -4,7 +4,6 @@ Images are in [-1, 1] and have 256 grey levels. All are densities per grey level
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +41,10 @@ class Likelihood(nn.Module):
         """
 
 
-class GaussianLaplace(Likelihood):
-    """A Gaussian (power 2) or Laplace (power 1) distribution with one scale for all pixels, in units of [-1, 1].
+class Gaussian(Likelihood):
+    """A Gaussian distribution with one standard deviation for all pixels, whose logarithm `log_scale` is in units of [-1, 1].
 
-    With scale="optimal", the scale is a running estimate of the maximum-likelihood scale, the mean error, so that the KL
+    The standard deviation is a running estimate of its maximum-likelihood value, the root mean squared error, so that the KL
     divergence needs no weight (sigma-VAE, Rybkin et al., 2021, eq. 7). The paper uses the error of the current batch; with a
     running estimate, the density of held-out images does not depend on them.
     """
@@ -53,33 +52,25 @@ class GaussianLaplace(Likelihood):
     log_scale: Tensor
     update_rate = 0.1
 
-    def __init__(self, power: Literal[1, 2], scale: str | float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.power = power
-        self.is_optimal = scale == "optimal"
-        initial = torch.tensor(math.log(0.5) if isinstance(scale, str) else math.log(scale))
-        self.register_buffer("log_scale", initial)
+        self.register_buffer("log_scale", torch.tensor(math.log(0.5)))
 
     def log_prob(self, output: Tensor, images: Tensor) -> Tensor:
         """See `Likelihood`."""
-        error = (_channels_last(output) - _channels_last(images)).abs() * torch.exp(-self.log_scale)
-        # The density is normalized by sqrt(2 pi) * scale for the Gaussian and 2 * scale for Laplace, in grey levels.
-        constant = 0.5 * math.log(2 * math.pi) if self.power == 2 else math.log(2)
-        log_normalizer = constant + self.log_scale + math.log(LEVELS_PER_UNIT)
-        energy = 0.5 * error.square() if self.power == 2 else error
-        return -(energy + log_normalizer).sum((1, 2, 3))
+        error = (_channels_last(output) - _channels_last(images)) * torch.exp(-self.log_scale)
+        log_normalizer = 0.5 * math.log(2 * math.pi) + self.log_scale + math.log(LEVELS_PER_UNIT)
+        return -(0.5 * error.square() + log_normalizer).sum((1, 2, 3))
 
     def reconstruction_error(self, output: Tensor, images: Tensor) -> Tensor:
-        """Returns the mean squared (Gaussian) or absolute (Laplace) error."""
-        error = (output.detach().float() - images.float()).abs()
-        return (error.square() if self.power == 2 else error).mean()
+        """Returns the mean squared error."""
+        return (output.detach().float() - images.float()).square().mean()
 
     @torch.no_grad()
     def update_scale(self, error: Tensor, step_taken: Tensor) -> None:
         """Moves the logarithm of the scale by `update_rate` towards the optimum."""
-        if self.is_optimal:
-            optimum = error.clamp(min=1e-8).log() / self.power
-            self.log_scale.lerp_(torch.where(step_taken, optimum, self.log_scale), self.update_rate)
+        optimum = 0.5 * error.clamp(min=1e-8).log()
+        self.log_scale.lerp_(torch.where(step_taken, optimum, self.log_scale), self.update_rate)
 
 
 class SigmoidMSE(Likelihood):
@@ -102,13 +93,6 @@ class SigmoidMSE(Likelihood):
 def _channels_last(x: Tensor) -> Tensor:
     """Permutes [b, c, h, w] to [b, h, w, c] in fp32, so that gradients are in channels_last memory."""
     return x.permute(0, 2, 3, 1).float()
-
-
-def make_likelihood(name: str, scale: str | float) -> Likelihood:
-    """Builds a likelihood: gaussian, laplace or mse."""
-    if name in ("gaussian", "laplace"):
-        return GaussianLaplace(2 if name == "gaussian" else 1, scale)
-    return SigmoidMSE()
 
 
 def bits_per_dim(nats: float, dimensions: int) -> float:

@@ -14,7 +14,7 @@ from vae_scale.config.parsing import vae_config_from_dict
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import chunk_channels, soft_clamp
 from vae_scale.models.flow import Flow, Solver
-from vae_scale.models.likelihoods import make_likelihood
+from vae_scale.models.likelihoods import Gaussian, SigmoidMSE
 from vae_scale.models.mixture import GaussianMixture
 from vae_scale.models.pretrained import FORMAT_VERSION, PretrainedModel, positive_int
 from vae_scale.randomness import per_sample_noise
@@ -116,7 +116,7 @@ class VAE(PretrainedModel):
         super().__init__()
         self.config, self.resolution, self.latent_shape = config, resolution, latent_shape
         self.encoder, self.decoder = encoder, decoder
-        self.likelihood = make_likelihood(config.likelihood, config.likelihood_scale)
+        self.likelihood = Gaussian() if config.likelihood == "gaussian" else SigmoidMSE()
         self.mixture: GaussianMixture | None = None
         self.flow: Flow | None = None
         self.guide: dict[str, Tensor] | None = None
