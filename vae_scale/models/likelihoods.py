@@ -44,9 +44,9 @@ class Likelihood(nn.Module):
 class Gaussian(Likelihood):
     """A Gaussian distribution with one standard deviation for all pixels, whose logarithm `log_scale` is in units of [-1, 1].
 
-    The standard deviation is a running estimate of its maximum-likelihood value, the root mean squared error, so that the KL
-    divergence needs no weight (sigma-VAE, Rybkin et al., 2021, eq. 7). The paper uses the error of the current batch; with a
-    running estimate, the density of held-out images does not depend on them.
+    The standard deviation is a running estimate of its maximum-likelihood value, the root mean squared error (sigma-VAE, Rybkin
+    et al., 2021, eq. 7). The paper uses the error of the current batch; with a running estimate, the density of held-out images
+    does not depend on them.
     """
 
     log_scale: Tensor
