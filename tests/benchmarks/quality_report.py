@@ -81,23 +81,21 @@ def compare_with_peers(results: list[Result]) -> list[str]:
 
 
 def format_table(results: list[Result]) -> str:
-    """Formats the results of one resolution, with the mean and the standard deviation over seeds, as a Markdown table."""
+    """Formats the results of one resolution as a Markdown table: means over seeds, and standard deviations of several seeds."""
     lines = [["", *(title for title, _ in COLUMNS.values())]]
     for name in dict.fromkeys(result["name"] for result in results):
         rows = [result for result in results if result["name"] == name]
-        cells = [format_cell([row[key] for row in rows if key in row], form, rows) for key, (_, form) in COLUMNS.items()]
+        cells = [format_cell([row[key] for row in rows if key in row], form) for key, (_, form) in COLUMNS.items()]
         lines.append([name, *cells])
     return markdown(lines)
 
 
-def format_cell(values: list[float], form: str, rows: list[Result]) -> str:
-    """Formats mean and standard deviation; "-" if there is none."""
+def format_cell(values: list[float], form: str) -> str:
+    """Formats the mean, and the standard deviation if there are several values; "-" if there is none."""
     if not values:
         return "-"
     mean = form.format(statistics.fmean(values))
-    if rows[0]["seed"] is None:  # the training images do not depend on the seed
-        return mean
-    return f"{mean} ± {form.format(statistics.stdev(values)) if len(values) > 1 else '-'}"
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def draw_samples(pictures: list[tuple[str, Images]], path: Path) -> None:
