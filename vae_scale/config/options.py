@@ -161,7 +161,6 @@ class OptimizerConfig:
         warmup_images: Images over which the learning rate increases linearly from 0.
         schedule: cosine (decays to 1% of `lr` by the last image) or constant.
         betas: Decay rates of the first and second moment.
-        weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients of the loss per dimension are clipped to this norm. null: no clipping.
         skip_threshold: Steps with a larger or non-finite gradient norm are skipped. null: only non-finite.
     """
@@ -170,7 +169,6 @@ class OptimizerConfig:
     warmup_images: NonNegativeInt = 20_000
     schedule: Literal["cosine", "constant"] = "cosine"
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat | None = 1.0
     skip_threshold: PositiveFloat | None = 100.0
 

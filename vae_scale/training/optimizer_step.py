@@ -42,9 +42,7 @@ class OptimizerStep:
     """
 
     def __init__(self, parameters: list[Parameter], config: OptimizerConfig, scaler: torch.amp.GradScaler | None) -> None:
-        self.adamw = torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        self.adamw = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=0.0, fused=True)
         self._parameters = parameters
         self._max_grad_norm = config.max_grad_norm or float("inf")
         self._skip_threshold = config.skip_threshold or float("inf")
