@@ -43,7 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prior", choices=["auto", "normal", "gmm", "flow"], default="auto", help="default: auto, the best")
     parser.add_argument("--steps", type=int, default=12, metavar="K", help="sampling steps of the flow (default: 12)")
-    parser.add_argument("--solver", choices=["heun", "euler"], default="heun", help="solver of the flow (default: heun)")
     guidance = "scale of guidance (default: 2.5; 1: none); with several, the metrics of samples are lists"
     parser.add_argument("--guidance", type=float, nargs="+", metavar="G", help=guidance)
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="scale of the noise (default: 1)")
@@ -89,7 +88,7 @@ def _evaluate(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelera
     shards = run.open_shards(args.shards).select(args.split or run.data["test"])
     images = min(args.images or len(shards), len(shards))
     samples, scales = args.samples or images, args.guidance or [None]
-    samplings = [SamplingConfig(args.steps, args.solver, guidance=scale) for scale in scales]
+    samplings = [SamplingConfig(args.steps, guidance=scale) for scale in scales]
     priors = [model.describe_prior(args.prior, sampling) for sampling in samplings]  # raises before the long computations
     if args.features != "none":
         check_set_sizes(images, samples)

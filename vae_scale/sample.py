@@ -41,7 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     flow = parser.add_argument_group("flow")
     flow.add_argument("--steps", type=int, default=12, metavar="K", help="sampling steps (default: 12)")
-    flow.add_argument("--solver", choices=["heun", "euler"], default="heun", help="default: heun; euler takes half the time")
     flow.add_argument("--class", dest="class_name", metavar="NAME", help="class to sample, by name or index")
     guidance = "scale by which samples are moved away from those of an earlier state of the flow (default: 2.5; 1: none)"
     flow.add_argument("--guidance", type=float, metavar="G", help=guidance)
@@ -99,7 +98,7 @@ def _sample(args: argparse.Namespace, run: "LoadedRun", accelerator: "Accelerato
     from vae_scale.models.vae import SamplingConfig
 
     model, dist = run.model, run.dist
-    sampling = SamplingConfig(args.steps, args.solver, _class_index(model, args.class_name), args.guidance)
+    sampling = SamplingConfig(args.steps, _class_index(model, args.class_name), args.guidance)
     prior = f"the prior {model.describe_prior(args.prior, sampling)}"
 
     def sample_latents(num: int | range) -> "Tensor":

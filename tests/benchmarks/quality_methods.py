@@ -181,12 +181,11 @@ def parse_sampling(options: Sequence[str]) -> SamplingConfig:
     """
     default, parser = DEFAULT_SAMPLING, _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=default.steps)
-    parser.add_argument("--solver", choices=["euler", "heun"], default=default.solver)
     parser.add_argument("--guidance", type=float, default=default.guidance)
     args = parser.parse_args(options)
     if args.steps < 1:
         raise UserError(f"--steps is {args.steps}; it must be at least 1")
-    return SamplingConfig(args.steps, args.solver, guidance=args.guidance)
+    return SamplingConfig(args.steps, guidance=args.guidance)
 
 
 def training_splits(shards: ShardSet) -> list[str]:

@@ -1,12 +1,11 @@
 """The rectified-flow prior: a U-Net that maps N(0, I) to the latents of images.
 
 With z_t = (1 - t) z + t n between a latent z (t = 0) and noise n (t = 1), the network learns the velocity n - z; sampling
-integrates it from t = 1 to 0 (Liu et al., 2023, eq. 1). The U-Net is that of Ho et al. (2020, appendix B) with two resolutions
-and self-attention at the lower one.
+integrates it from t = 1 to 0 (Liu et al., 2023, eq. 1) by Heun's method. The U-Net is that of Ho et al. (2020, appendix B) with
+two resolutions and self-attention at the lower one.
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,6 @@ from vae_scale.models.blocks import Attention, Downsample, ResBlock, Upsample, c
 
 AUGMENTATION_DIM = 6  # parameters of an image's augmentation, all 0 for none
 TIME_FREQUENCIES = 64
-Solver = Literal["euler", "heun"]
 
 
 class Flow(nn.Module):
@@ -131,17 +129,14 @@ class Flow(nn.Module):
         return x
 
     @torch.no_grad()
-    def sample(
-        self, noise: Tensor, label: Tensor, guidance: float, steps: int, solver: Solver, guide: "Flow | None" = None
-    ) -> Tensor:
+    def sample(self, noise: Tensor, label: Tensor, guidance: float, steps: int, guide: "Flow | None" = None) -> Tensor:
         """Integrates the flow from noise to latents.
 
         Args:
             noise: Samples of N(0, I), [b, c, h, w].
             label: int64 [b], `num_classes` for no class.
             guidance: Scale by which the velocity is extrapolated from that of the guide, 1 for none.
-            steps: Number of steps.
-            solver: euler evaluates the network once per step, heun twice (the last step once).
+            steps: Steps of Heun's method, which evaluates the network twice per step, but once in the last.
             guide: A flow that has learned less (autoguidance; Karras et al., 2024, eq. 3), or None for no guidance.
 
         Returns:
@@ -162,7 +157,7 @@ class Flow(nn.Module):
             t, next_t = 1 - step / steps, 1 - (step + 1) / steps
             v = velocity(z, t)
             next_z = z + (next_t - t) * v
-            if solver == "heun" and step + 1 < steps:
+            if step + 1 < steps:
                 next_z = z + (next_t - t) * 0.5 * (v + velocity(next_z, next_t))
             z = next_z
         return z * self.latent_std + self.latent_mean

@@ -13,7 +13,7 @@ from vae_scale.config.options import MAX_BLOCKS, VAEConfig, to_dict
 from vae_scale.config.parsing import vae_config_from_dict
 from vae_scale.errors import UserError
 from vae_scale.models.blocks import chunk_channels, soft_clamp
-from vae_scale.models.flow import Flow, Solver
+from vae_scale.models.flow import Flow
 from vae_scale.models.likelihoods import Gaussian, SigmoidMSE
 from vae_scale.models.mixture import GaussianMixture
 from vae_scale.models.pretrained import FORMAT_VERSION, PretrainedModel, positive_int
@@ -77,14 +77,12 @@ class SamplingConfig:
     """Options of sampling from the flow prior.
 
     Attributes:
-        steps: Steps of the solver.
-        solver: euler evaluates the flow once per step, heun twice.
+        steps: Steps of Heun's method.
         label: Class label; None draws the class of each sample with the frequencies of the training images.
         guidance: Scale of guidance, 1 for none; None: `DEFAULT_GUIDANCE` if the model has a guide, else 1. See `Flow.sample`.
     """
 
     steps: int = 12
-    solver: Solver = "heun"
     label: int | None = None
     guidance: float | None = None
 
@@ -163,7 +161,7 @@ class VAE(PretrainedModel):
         prior, sampling = self.resolve_prior(prior), sampling or SamplingConfig()
         if prior == "flow":
             guidance = self.resolve_guidance(sampling)
-            return f"rectified flow ({sampling.steps} {sampling.solver} steps, guidance {guidance:g})"
+            return f"rectified flow ({sampling.steps} steps, guidance {guidance:g})"
         if prior == "gmm":
             assert self.mixture is not None
             return f"mixture of {len(self.mixture.weights)} Gaussians"
@@ -230,7 +228,7 @@ class VAE(PretrainedModel):
         else:
             labels = torch.full((len(indices),), config.label, device=device)
         latents = [
-            flow.sample(part.to(device), label, guidance, config.steps, config.solver, guide).cpu()
+            flow.sample(part.to(device), label, guidance, config.steps, guide).cpu()
             for part, label in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
         ]
         return torch.cat(latents)
